@@ -1,0 +1,114 @@
+"""The generator's part of the server step: what it is trained on, and what it is asked for.
+
+Legend: C classes, V condition width, M rows of class statistics, S segments, D width, n samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.algorithms.objective import Objective
+from fedsim.models.generators import FitReport, Generator
+from fedsim.types import ClassStats, concatenate_stats
+
+NO_STATISTICS = (
+    "no statistics from clients: none of the cohort's (client, class) pairs has privacy.min_count ({min_count}) "
+    "recordings; lower privacy.min_count, or give clients more recordings per class"
+)
+
+
+def merge_buffer(buffer: ClassStats | None, fresh: ClassStats, *, capacity: int) -> ClassStats:
+    """The newest statistics of every (client, class), at most `capacity` rows of earlier rounds beside the fresh ones.
+
+    Args:
+        buffer: statistics of earlier rounds, or None.
+        fresh: this round's.
+        capacity: rows of earlier rounds that are kept; those with the highest counts stay.
+    """
+    if buffer is None or capacity == 0:
+        return fresh
+    new = set(zip(fresh.client.tolist(), fresh.label.tolist(), strict=True))
+    pairs = zip(buffer.client.tolist(), buffer.label.tolist(), strict=True)
+    old = np.array([row for row, pair in enumerate(pairs) if pair not in new], dtype=np.int64)
+    if len(old) > capacity:
+        old = np.sort(old[np.argsort(-buffer.count[old], kind="stable")[:capacity]])
+    return concatenate_stats([fresh, buffer.take(old)]) if len(old) else fresh
+
+
+def class_means(stats: ClassStats, head: str, fallback: Tensor) -> Tensor:
+    """Count-weighted mean adapter output of every class [C, *shape]; `fallback`'s rows for classes without statistics."""
+    table = fallback.clone()
+    for label in np.unique(stats.label):
+        mine = np.flatnonzero(stats.label == label)
+        count = torch.from_numpy(stats.count[mine]).to(table).view(-1, *(1,) * (table.ndim - 1))
+        rows = stats.output_mean[head][torch.from_numpy(mine)].to(table.device)
+        table[int(label)] = (count * rows).sum(0) / count.sum()
+    return table
+
+
+def conditions(objective: Objective, stats: ClassStats, *, from_nodes: bool) -> Tensor:
+    """The prompt embedding of every class that conditions the generator [C, V].
+
+    The primary head's mean over tokens, centred and scaled by the public targets: the clients' mean outputs
+    (`from_nodes`, the "visual embeddings" of the original) or the public text targets.
+    """
+    head = objective.primary
+    table = objective.targets[head]
+    if from_nodes:
+        table = class_means(stats, head, table)
+    scaled = (table - objective.centre[head]) * objective.weight[head] ** 0.5
+    return scaled if scaled.ndim == 2 else scaled.mean(1)
+
+
+def fit_generator(
+    generator: Generator,
+    stats: ClassStats,
+    objective: Objective,
+    *,
+    from_nodes: bool,
+    epochs: int,
+    stream: np.random.Generator,
+) -> tuple[FitReport, Tensor]:
+    """Train the generator on class statistics; returns its report and the conditions [C, V] it was trained with."""
+    condition = conditions(objective, stats, from_nodes=from_nodes)
+    return generator.fit(stats, condition, epochs=epochs, stream=stream), condition
+
+
+def draw_synthetic(
+    generator: Generator,
+    stats: ClassStats,
+    condition: Tensor,
+    *,
+    per_class: int,
+    stream: np.random.Generator,
+) -> tuple[np.ndarray, Tensor]:
+    """`per_class` synthetic audio embeddings of every class with statistics: labels [n], embeddings [n, S, D].
+
+    Where no class mean has a negative coordinate (encoders that end in a ReLU) samples are clamped at 0.
+    """
+    labels = np.repeat(np.unique(stats.label), per_class)
+    rows = generator.sample(condition[torch.from_numpy(labels)], len(labels), stream=stream)
+    return labels, rows.clamp(min=0) if bool((stats.audio_mean >= 0).all()) else rows
+
+
+LOSS_NAMES = {
+    "recon": "Recon",
+    "kl": "KL",
+    "sim": "Sim",
+    "discriminator": "D",
+    "d_real": "D(real)",
+    "d_fake": "D(fake)",
+}
+
+
+def describe_epoch(kind: str, class_names: tuple[str, ...], losses: Mapping[int, Mapping[str, float]]) -> list[str]:
+    """One line per class in the original's form: Class 'dog': VAE Loss=0.52 (Recon=0.34, KL=0.12, Sim=0.06)."""
+    lines = []
+    for label, parts in losses.items():
+        inside = ", ".join(f"{LOSS_NAMES[name]}={value:.4f}" for name, value in parts.items() if name != "loss")
+        lines.append(f"Class '{class_names[label]}': {kind.upper()} Loss={parts['loss']:.4f} ({inside})")
+    return lines

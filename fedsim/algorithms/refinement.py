@@ -1,0 +1,204 @@
+"""Refinement: the server trains the averaged adapters on class means and synthetic audio embeddings.
+
+    L = sum over heads m of lambda_m * [(1 - g) * wmean over real rows (A_m(a) - T_m)^2
+                                        + g * mean over synthetic rows (A_m(x') - T_m)^2]
+
+Real rows are the clients' class means, weighted by count; synthetic rows are drawn anew every epoch; every class has
+the same weight; g is `synthetic_weight` (0 without a generator). The target is the count-weighted mean of the clients'
+outputs mixed with the public text target, T = (1 - a) * clients + a * text with a = `text_anchor`. The refined
+adapters are kept only if their loss on held-out rows didn't rise.
+
+Legend: C classes, M rows of class statistics, S segments, D width, B rows of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.algorithms.generation import class_means
+from fedsim.algorithms.objective import Objective
+from fedsim.algorithms.optimizers import AdamW, clip_
+from fedsim.errors import ModelError
+from fedsim.models.adapters import Adapter, stack, unstack
+from fedsim.models.generators.rows import class_draws
+from fedsim.types import AdapterState, ClassStats
+
+HELD_OUT_PER_CLASS = 8
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """How the server refines; keys of `feda2v`.
+
+    Attributes:
+        epochs: passes over real and synthetic rows.
+        learning_rate: AdamW step size, gradients clipped at 1.
+        batch_size: rows of a step.
+        synthetic_weight: g.
+        text_anchor: a; 1 trains towards the public text alone.
+    """
+
+    epochs: int
+    learning_rate: float
+    batch_size: int
+    synthetic_weight: float
+    text_anchor: float
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What refinement gives back.
+
+    Attributes:
+        adapter: the refined tensors, or the given ones when the held-out loss rose.
+        loss: mean training loss of the last epoch.
+        held_out_before, held_out_after: loss on held-out rows.
+        kept: whether the refined tensors were kept.
+    """
+
+    adapter: AdapterState
+    loss: float
+    held_out_before: float
+    held_out_after: float
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training rows of one epoch: embeddings [n, S, D], labels [n], weights [n] that add up to 1."""
+
+    embeddings: Tensor
+    labels: Tensor
+    weights: Tensor
+
+
+def refinement_targets(objective: Objective, stats: ClassStats, text_anchor: float) -> dict[str, Tensor]:
+    """Head -> T [C, *shape]: clients' mean outputs mixed with the public text targets."""
+    return {
+        head: (1 - text_anchor) * class_means(stats, head, text) + text_anchor * text
+        for head, text in objective.targets.items()
+    }
+
+
+def real_rows(stats: ClassStats, weight: float) -> Rows:
+    """The class means as rows; weights by count within a class, equal for all classes, adding up to `weight`."""
+    present = np.unique(stats.label)
+    weights = np.zeros(len(stats))
+    for label in present:
+        mine = stats.label == label
+        weights[mine] = stats.count[mine] / stats.count[mine].sum() / len(present)
+    return _rows(stats.audio_mean, stats.label, weights * weight)
+
+
+def with_synthetic(real: Rows, labels: np.ndarray, embeddings: Tensor, weight: float) -> Rows:
+    """Real rows and synthetic ones, whose equal weights add up to `weight`."""
+    made = _rows(embeddings, labels, np.full(len(labels), weight / len(labels)))
+    return Rows(*(torch.cat(pair) for pair in zip(_columns(real), _columns(made), strict=True)))
+
+
+def _columns(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    return rows.embeddings, rows.labels, rows.weights
+
+
+def _rows(embeddings: Tensor, labels: np.ndarray, weights: np.ndarray) -> Rows:
+    device = embeddings.device
+    return Rows(
+        embeddings,
+        torch.from_numpy(labels).to(device),
+        torch.from_numpy(weights.astype(np.float32)).to(device),
+    )
+
+
+def weighted_loss(
+    adapter: Adapter, params: Mapping[str, Tensor], rows: Rows, objective: Objective, targets: Mapping[str, Tensor]
+) -> Tensor:
+    """Sum of weight * loss over rows under a stack of one (a scalar tensor)."""
+    outputs = adapter.forward(params, rows.embeddings.unsqueeze(0))
+    per_row = torch.zeros(1, len(rows.labels), device=rows.weights.device)
+    for head, output in outputs.items():
+        per_row = per_row + objective.nmse_rows(head, output, targets[head][rows.labels].unsqueeze(0))
+    if objective.contrastive_weight:
+        # Class text directions stay the public ones; only the regression target is mixed.
+        plain = sum(
+            (objective.nmse_rows(h, o, objective.targets[h][rows.labels].unsqueeze(0)) for h, o in outputs.items()),
+            torch.zeros_like(per_row),
+        )
+        per_row = per_row + objective.loss_rows(outputs, rows.labels.unsqueeze(0)) - plain
+    return (per_row[0] * rows.weights).sum()
+
+
+def refine(
+    adapter: Adapter,
+    averaged: AdapterState,
+    stats: ClassStats,
+    *,
+    objective: Objective,
+    how: Refinement,
+    synthetic: Callable[[np.random.Generator], tuple[np.ndarray, Tensor]] | None,
+    stream: np.random.Generator,
+    held_out_stream: np.random.Generator,
+) -> Refined:
+    """Train the averaged adapters on the server.
+
+    Args:
+        adapter: the adapters.
+        averaged: their tensors after aggregation (adapter tensors only), not changed.
+        stats: class statistics of the round.
+        objective: lambda, public targets, contrastive term.
+        how: settings.
+        synthetic: draws labels [n] and embeddings [n, S, D]; None without a generator.
+        stream: order of rows and synthetic draws.
+        held_out_stream: draws of the held-out rows, which no step trains on.
+
+    Raises:
+        ModelError: the loss isn't finite.
+    """
+    targets = refinement_targets(objective, stats, how.text_anchor)
+    held_labels, held = class_draws(stats, HELD_OUT_PER_CLASS, held_out_stream)
+    held_out = _rows(held, held_labels, np.full(len(held_labels), 1 / len(held_labels)))
+    share = how.synthetic_weight if synthetic is not None else 0.0
+    real = real_rows(stats, 1 - share)
+    params = stack(averaged)
+    optimizer = AdamW(params, learning_rate=how.learning_rate, weight_decay=0.0)
+    loss = float("nan")
+    with torch.no_grad():
+        before = float(weighted_loss(adapter, params, held_out, objective, targets))
+    for _ in range(how.epochs):
+        rows = real if synthetic is None else with_synthetic(real, *synthetic(stream), share)
+        loss = _epoch(adapter, params, rows, objective, targets, optimizer, how.batch_size, stream)
+        if not np.isfinite(loss):
+            raise ModelError(f"refinement: the loss is {loss}; lower feda2v.refine_learning_rate")
+    with torch.no_grad():
+        after = float(weighted_loss(adapter, params, held_out, objective, targets))
+    kept = after <= before
+    return Refined(unstack(params) if kept else averaged, loss, before, after, kept)
+
+
+def _epoch(
+    adapter: Adapter,
+    params: AdapterState,
+    rows: Rows,
+    objective: Objective,
+    targets: Mapping[str, Tensor],
+    optimizer: AdamW,
+    batch_size: int,
+    stream: np.random.Generator,
+) -> float:
+    """One shuffled pass, in place; returns the epoch's loss."""
+    total = 0.0
+    for batch in torch.from_numpy(stream.permutation(len(rows.labels))).split(batch_size):
+        # Scaled to an unbiased estimate of the whole weighted loss.
+        part = Rows(*(column[batch] for column in _columns(rows)))
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        loss = weighted_loss(adapter, leaves, part, objective, targets)
+        grads = torch.autograd.grad(loss * (len(rows.labels) / len(batch)), list(leaves.values()))
+        scaled = {name: g.contiguous() for name, g in zip(leaves, grads, strict=True)}
+        clip_(scaled, 1.0)
+        optimizer.step(params, scaled, 0)
+        total += float(loss.detach())
+    return total

@@ -1,0 +1,113 @@
+"""The two kinds of Ray actors: one trains blocks, the other runs the server."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fedsim.cluster.wire import pack_update, unpack_block, unpack_broadcast
+from fedsim.federation.blocks import BlockTrainer
+from fedsim.federation.checkpoint import ServerState
+from fedsim.federation.experiment import Experiment, RunFiles
+from fedsim.federation.server import Server
+from fedsim.federation.setup import Setup, choose_device
+from fedsim.federation.tracker import Tracker
+from fedsim.types import RoundResult
+
+
+class ClientActor:
+    """Trains whole blocks; holds data and buffers, never a client's state.
+
+    Args:
+        setup: what the driver prepared (Ray resolves the reference).
+        gpus: GPUs the actor was given; with any, and a GPU present, it trains there.
+    """
+
+    def __init__(self, setup: Setup, gpus: float) -> None:
+        torch.set_num_threads(1)
+        self._trainer = BlockTrainer(setup, choose_device(gpus))
+
+    def ready(self) -> bool:
+        """Answer once the constructor is through."""
+        return True
+
+    def train(self, block: Any, broadcast: Any) -> dict[str, Any]:
+        """One block: packed in, packed out."""
+        return pack_update(self._trainer.train(unpack_block(block), unpack_broadcast(broadcast)))
+
+
+class ServerActor:
+    """Runs the experiment in an actor of its own; the driver sees numbers only.
+
+    Needs `max_concurrency=2`, so that `poll` answers while a round runs.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        files: RunFiles,
+        tracker: Tracker,
+        state: ServerState | None,
+        gpus: float,
+        log_level: int,
+    ) -> None:
+        self._status: Mapping[str, Any] = {}
+        self._records: deque[tuple[str, int, str]] = deque()
+        self._capture_logs(log_level)
+        from fedsim.cluster.pool import RayPool
+
+        resources = setup.config.resources
+        pool = RayPool(
+            setup,
+            num_actors=resources.client_actors,
+            cpus=resources.client_cpus,
+            gpus=resources.client_gpus,
+            max_attempts=resources.max_attempts,
+        )
+        server = Server(setup, pool, device=choose_device(gpus), state=state, status=self._set_status)
+        self._experiment = Experiment(server, files, tracker)
+
+    def _set_status(self, status: Mapping[str, Any]) -> None:
+        self._status = dict(status)
+
+    def _capture_logs(self, level: int) -> None:
+        """Keep log records for the driver, which prints them; Ray would add a prefix and reorder them."""
+        records = self._records
+
+        class Keep(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                records.append((record.name, record.levelno, record.getMessage()))
+
+        logger = logging.getLogger("fedsim")
+        logger.setLevel(level)
+        logger.addHandler(Keep())
+        logger.propagate = False
+
+    def ready(self) -> bool:
+        """Answer once the constructor is through."""
+        return True
+
+    def poll(self) -> tuple[Mapping[str, Any], list[tuple[str, int, str]]]:
+        """The status and the log records (name, level, text) since the last call."""
+        records = [self._records.popleft() for _ in range(len(self._records))]
+        return self._status, records
+
+    def round(self) -> RoundResult:
+        """Run the next round."""
+        return self._experiment.round()
+
+    def finish(self, status: str) -> dict[str, Any]:
+        """Write the results."""
+        return self._experiment.finish(status)
+
+    def abandon(self, status: str) -> None:
+        """Close the tracking run."""
+        self._experiment.abandon(status)
+
+    def close(self) -> None:
+        """End the client actors."""
+        self._experiment.close()

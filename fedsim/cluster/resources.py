@@ -1,0 +1,158 @@
+"""Starting or joining Ray, and refusing what can't fit: an actor that doesn't fit would wait for ever in silence."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import ray
+
+from fedsim.errors import ResourceError
+
+log = logging.getLogger(__name__)
+
+ACTOR_ENVIRONMENT = {
+    # One thread an actor: parallelism comes from actors, and sums keep their order.
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+@dataclass(frozen=True)
+class Demand:
+    """CPUs and GPUs of one server actor and of `client_actors` client actors.
+
+    Attributes:
+        client_actors: how many client actors.
+        client_cpus, client_gpus: of each of them.
+        server_cpus, server_gpus: of the server actor.
+    """
+
+    client_actors: int
+    client_cpus: float
+    client_gpus: float
+    server_cpus: float
+    server_gpus: float
+
+    def bundles(self) -> list[dict[str, float]]:
+        """Resources of every actor, the server first."""
+        server = {"CPU": self.server_cpus, "GPU": self.server_gpus}
+        client = {"CPU": self.client_cpus, "GPU": self.client_gpus}
+        return [server, *[client] * self.client_actors]
+
+
+def start_ray(*, address: str | None, num_cpus: int | None, num_gpus: int | None) -> bool:
+    """Start a private Ray on this machine, or join a cluster when an address is given (or RAY_ADDRESS is set).
+
+    Inside a Ray process (a Tune trial, a job) that is already connected nothing is started.
+
+    Args:
+        address: of the cluster to join; None for RAY_ADDRESS, else a private Ray.
+        num_cpus, num_gpus: what a private Ray is told of; None lets it look.
+
+    Returns:
+        Whether this call connected, so that the caller must disconnect.
+
+    Raises:
+        ResourceError: the cluster can't be reached.
+    """
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = address or os.environ.get("RAY_ADDRESS")
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ResourceError(f"no Ray cluster answers at {address!r}: {error}".splitlines()[0]) from error
+        return True
+    # Ray's own default folder would be shared with other users; socket paths have a limit of 107 characters.
+    folder = tempfile.mkdtemp(prefix="fs-", dir="/tmp" if os.path.isdir("/tmp") else None)
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        include_dashboard=False,
+        _temp_dir=folder,
+        **quiet,
+    )
+    return True
+
+
+def check_fits(demand: Demand) -> None:
+    """Refuse a demand that the nodes' free resources can't hold, naming both numbers.
+
+    GPUs are placed one by one: an actor with a fraction of a GPU needs that fraction free on one GPU.
+
+    Raises:
+        ResourceError: it doesn't fit.
+    """
+    free = [_free(node) for node in ray.nodes() if node["Alive"]]
+    bundles = demand.bundles()
+    for resource, keys in (
+        ("CPU", "resources.client_actors, client_cpus or server_cpus"),
+        ("GPU", "resources.client_actors, client_gpus or server_gpus"),
+    ):
+        wanted, there = sum(bundle[resource] for bundle in bundles), sum(node[resource] for node in free)
+        if wanted > there + 1e-6:
+            raise ResourceError(
+                f"the actors ask for {wanted:g} {resource}s ({_sum(demand, resource)}) but Ray has {there:g} free; "
+                f"lower {keys}, or join a larger cluster with --address"
+            )
+    unplaced = place(bundles, free)
+    if unplaced is not None:
+        raise ResourceError(
+            f"no node can hold an actor of {_describe(unplaced)} beside the others: {len(bundles)} actors ask for "
+            f"{', '.join(sorted({_describe(bundle) for bundle in bundles}))}; the nodes have "
+            f"{'; '.join(_describe(node) for node in free)} free"
+        )
+
+
+def _free(node: Mapping[str, object]) -> dict[str, float]:
+    available = ray._private.state.available_resources_per_node().get(node["NodeID"], {})
+    return {"CPU": float(available.get("CPU", 0.0)), "GPU": float(available.get("GPU", 0.0))}
+
+
+def _sum(demand: Demand, resource: str) -> str:
+    server, client = (
+        (demand.server_cpus, demand.client_cpus) if resource == "CPU" else (demand.server_gpus, demand.client_gpus)
+    )
+    return f"server {server:g} + {demand.client_actors} clients x {client:g}"
+
+
+def _describe(bundle: Mapping[str, float]) -> str:
+    return f"{bundle['CPU']:g} CPU, {bundle['GPU']:g} GPU"
+
+
+def place(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> Mapping[str, float] | None:
+    """First-fit placement on nodes of free resources; returns the first bundle that finds no place, or None."""
+    cpus = [node["CPU"] for node in nodes]
+    gpus = [[1.0] * int(node["GPU"]) + [node["GPU"] % 1] * (node["GPU"] % 1 > 0) for node in nodes]
+    for bundle in sorted(bundles, key=lambda b: (-b["GPU"], -b["CPU"])):
+        for node in range(len(nodes)):
+            slots = _gpu_slots(gpus[node], bundle["GPU"])
+            if cpus[node] + 1e-6 >= bundle["CPU"] and slots is not None:
+                cpus[node] -= bundle["CPU"]
+                for slot in slots:
+                    gpus[node][slot] -= min(bundle["GPU"], 1.0)
+                break
+        else:
+            return bundle
+    return None
+
+
+def _gpu_slots(free: Sequence[float], wanted: float) -> list[int] | None:
+    """GPUs of one node that hold `wanted` (a fraction of one, or whole ones); None when they don't."""
+    each, count = (wanted, 1) if wanted <= 1 else (1.0, math.ceil(wanted))
+    if wanted == 0:
+        return []
+    fitting = [slot for slot, share in enumerate(free) if share + 1e-6 >= each]
+    return fitting[:count] if len(fitting) >= count else None

@@ -1,0 +1,300 @@
+"""The configuration: every key with its default, help text and unit, in one place.
+
+Documentation, `fedsim config --explain KEY` and error messages are printed from here. Sections are frozen; nothing
+below the builders sees a config object.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic.config import JsonDict
+
+
+def key(default: Any, text: str, unit: str | None = None, **limits: Any) -> Any:
+    """One configuration key: its default, what it means, its unit, and its limits (ge, gt, le, lt, min_length ...)."""
+    extra: JsonDict | None = {"unit": unit} if unit else None
+    if isinstance(default, (dict, list)):
+        return Field(
+            default_factory=lambda: type(default)(default), description=text, json_schema_extra=extra, **limits
+        )
+    return Field(default=default, description=text, json_schema_extra=extra, **limits)
+
+
+class Section(BaseModel):
+    """A frozen section; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Experiment(Section):
+    """What is run, and where it leaves its results."""
+
+    name: str = key("experiment", "name of the run directory and of the MLflow experiment", min_length=1)
+    description: str = key("", "free text, kept with the MLflow run")
+    seed: int = key(42, "every random stream is derived from it", ge=0)
+    output_dir: str = key("runs", "folder that receives run directories and mlflow.db")
+    checkpoint_every: int = key(5, "a checkpoint after every so many rounds (the last round always)", "rounds", ge=1)
+    evaluate_every: int = key(1, "evaluate after every so many rounds (the last round always)", "rounds", ge=1)
+
+
+class Data(Section):
+    """Recordings: where they are and how they are split, once and globally, into training and held-out recordings."""
+
+    name: Literal["synthetic", "esc10", "esc50", "csv"] = key(
+        "synthetic", "data set: synthesised sounds, an ESC folder, or any CSV manifest"
+    )
+    path: str | None = key(
+        None,
+        "folder of an ESC data set or path of a manifest (path,label[,fold|split][,client][,group]); "
+        "default: a folder of the data set's name under $FEDSIM_DATA",
+    )
+    classes: list[str] | None = key(None, "use these classes only (default: all)")
+    test_fold: int = key(5, "official fold kept for evaluation, where the data set has folds", ge=0)
+    test_share: float = key(0.2, "share of the recordings kept for evaluation where there are no folds", gt=0, lt=1)
+    clips_per_class: int = key(40, "synthetic data: recordings per class", "recordings", ge=2)
+    on_bad_audio: Literal["error", "skip"] = key("error", "a file that can't be decoded: stop, or count it and go on")
+    cache_dir: str | None = key(
+        None, "folder of the embedding cache (default: $XDG_CACHE_HOME/fedsim or ~/.cache/fedsim)"
+    )
+
+
+class Federation(Section):
+    """Clients, rounds, and who holds which recording."""
+
+    num_clients: int = key(10, "clients in the population", "clients", ge=1)
+    cohort_size: int | None = key(None, "clients sampled in a round (default: all)", "clients", ge=1)
+    global_rounds: int = key(10, "rounds", "rounds", ge=1)
+    local_epochs: int = key(1, "passes over a client's recordings in a round", "epochs", ge=1)
+    partition: Literal["iid", "dirichlet", "shards", "classes_per_client", "by_column"] = key(
+        "dirichlet", "how training recordings are dealt to clients (explicit `nodes` beat it)"
+    )
+    alpha: float = key(0.5, "dirichlet: concentration; small means few classes per client", gt=0)
+    shards_per_client: int = key(2, "shards: label-sorted shards per client", "shards", ge=1)
+    classes_per_client: int = key(1, "classes_per_client: classes each client holds", "classes", ge=1)
+    column: str | None = key(None, "by_column: manifest column that names the client (speaker, author)")
+    quorum: float = key(1.0, "share of the cohort that must answer, or the round stops", gt=0, le=1)
+
+
+class Node(Section):
+    """One explicit client (`nodes.<id>`)."""
+
+    dataset: str | None = key(None, "data set of this client (default: data.name)")
+    selected_classes: list[str] | None = key(None, "classes this client holds (default: all)")
+    excluded_classes: list[str] | None = key(None, "classes this client doesn't hold")
+    num_samples_per_class: int | None = key(None, "at most so many recordings of each class", "recordings", ge=1)
+
+
+class AudioEncoder(Section):
+    """From waveform to audio embedding [segments, dim]."""
+
+    name: Literal["ast", "tiny_ast", "yamnet", "logmel", "precomputed"] = key(
+        "ast", "AST checkpoint, small random AST, YAMNet, log-mel statistics (no weights), or ready-made embeddings"
+    )
+    path: str | None = key(
+        None,
+        "ast: hub id or local folder (default MIT/ast-finetuned-audioset-10-10-0.4593); "
+        "yamnet: weights file (default $FEDSIM_DATA/yamnet/yamnet.npz); precomputed: .npz or .npy file",
+    )
+    revision: str | None = key(None, "ast: revision of the hub checkpoint")
+    trainable: str = key(
+        "none", "AST layers that clients train: none, last:N, or all", pattern=r"^(none|all|last:[1-9]\d*)$"
+    )
+    segments: int = key(4, "S: time segments of an audio embedding", "segments", ge=1)
+    dim: int = key(512, "D: width of an audio embedding; a fixed orthogonal projection leads to it", ge=1)
+    batch_size: int = key(8, "recordings encoded at once", "recordings", ge=1)
+
+
+class TextEncoder(Section):
+    """Targets: one prompt embedding per class and head."""
+
+    name: Literal["seeded", "table", "transformers"] = key(
+        "transformers", "CLIP and T5 through transformers, a table from a file, or seeded random unit vectors (offline)"
+    )
+    path: str | None = key(
+        None, "table: .npz with names and vectors (default $FEDSIM_DATA/text_minilm/minilm_text.npz)"
+    )
+    clip: str = key("openai/clip-vit-large-patch14", "transformers: CLIP checkpoint, hub id or local folder")
+    t5: str = key("google/t5-v1_1-xxl", "transformers: T5 checkpoint, hub id or local folder")
+    revision: str | None = key(None, "transformers: revision of the hub checkpoints")
+    template: str = key("{}", "prompt of a class; {} is the class name with spaces", pattern=r"\{\}")
+
+
+class AdapterPreset(Section):
+    """Shape of one head's adapter."""
+
+    preset: Literal["mlp", "map", "slim"] = key("mlp", "token MLP + pooling, attention pooling (map), or slim map")
+    hidden: list[Annotated[int, Field(ge=1)]] = key([1024], "widths of the token MLP's hidden layers")
+    width: int = key(768, "slim: width of the attention pooling before the last linear map", ge=1)
+    num_heads: int = key(8, "map, slim: attention heads", "heads", ge=1)
+
+
+class Model(Section):
+    """Encoders and adapters."""
+
+    diffusion_type: Literal["flux", "sd"] = key(
+        "flux", "image model: flux has heads clip [768] and t5 [17, 4096], sd has clip [77, 768]"
+    )
+    heads: dict[str, list[Annotated[int, Field(ge=1)]]] | None = key(
+        None, "output shape by head, instead of those of diffusion_type (e.g. {clip: [768]})"
+    )
+    audio_encoder: AudioEncoder = Field(default_factory=AudioEncoder)
+    text_encoder: TextEncoder = Field(default_factory=TextEncoder)
+    adapters: dict[str, AdapterPreset] = key({}, "adapter by head (default: mlp for clip, slim for t5)")
+
+    def head_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Output shape of every head, by name."""
+        if self.heads is not None:
+            return {head: tuple(shape) for head, shape in self.heads.items()}
+        return {"clip": (768,), "t5": (17, 4096)} if self.diffusion_type == "flux" else {"clip": (77, 768)}
+
+
+class Training(Section):
+    """Local training on clients."""
+
+    optimizer: Literal["AdamW", "SGD"] = key("AdamW", "optimiser of a client, fresh each round")
+    learning_rate: float = key(1e-3, "client learning rate", gt=0)
+    batch_size: int = key(32, "rows of a local step", "recordings", ge=1)
+    weight_decay: float = key(1e-4, "AdamW: decoupled, SGD: added to the gradient", ge=0)
+    momentum: float = key(0.0, "SGD: momentum", ge=0, lt=1)
+    clip_norm: float = key(1.0, "gradients are clipped to this norm per client (0: never)", ge=0)
+    contrastive_weight: float = key(0.0, "weight of the contrastive term (cosine to all class targets)", ge=0)
+    contrastive_temperature: float = key(0.07, "temperature of the contrastive term", gt=0)
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _any_case(cls, value: Any) -> Any:
+        names = {"adamw": "AdamW", "sgd": "SGD"}
+        return names.get(value.lower(), value) if isinstance(value, str) else value
+
+
+class FedA2V(Section):
+    """Aggregation, generator and refinement: the server's part."""
+
+    adapter_aggregation_mode: Literal["none", "avg", "weighted"] = key(
+        "none", "clients keep their own adapters; mean; or mean weighted by recordings"
+    )
+    use_generator: bool = key(False, "build and train the generator, and refine with its samples")
+    generator_type: Literal["replay", "gaussian", "cof", "vae", "gan"] = key("vae", "kind of generator")
+    global_model_train: bool = key(False, "server training step: fit the generator and refine the averaged adapter")
+    global_model_train_from_nodes_adapters: bool = key(
+        False, "use the clients' mean adapter outputs: as the generator's condition and, by text_anchor, as targets"
+    )
+    global_model_train_epochs: int = key(1, "epochs of the refinement, and of the generator by default", "epochs", ge=1)
+    generator_epochs: int | None = key(
+        None, "generator epochs per round (default: global_model_train_epochs)", "epochs", ge=1
+    )
+    generator_learning_rate: float | None = key(
+        None, "learning rate of the generator (default: 0.1 x training.learning_rate, gan 1e-4)", gt=0
+    )
+    generator_batch_size: int = key(64, "rows of a generator step", "rows", ge=1)
+    generator_rows_per_class: int = key(64, "training rows drawn per class and generator epoch", "rows", ge=1)
+    generator_hidden_dim: int = key(512, "vae, gan: width of the two hidden layers", ge=1)
+    generator_latent_dim: int = key(256, "vae, gan: width of the latent vector", ge=1)
+    generator_buffer_size: int = key(
+        4096, "class statistics of earlier rounds kept for the generator", "(client, class) rows", ge=0
+    )
+    beta_warmup: float = key(
+        0.5, "vae: share of the whole run over which beta rises to 1", "share of all epochs", gt=0, le=1
+    )
+    loss_scaling: Literal["calibrated", "legacy"] = key(
+        "calibrated", "vae: all parts on one scale, or the literal mean-MSE + beta KL + 0.1 similarity"
+    )
+    synthetic_samples_per_class: int = key(5, "synthetic rows per class in a refinement epoch", "rows", ge=1)
+    synthetic_weight: float = key(0.5, "share of the refinement loss that synthetic rows carry", ge=0, le=1)
+    text_anchor: float = key(
+        0.5, "refinement target: share of the public text target, the rest is the clients' mean output", ge=0, le=1
+    )
+    refine_learning_rate: float | None = key(
+        None, "learning rate of the refinement (default: training.learning_rate)", gt=0
+    )
+    refine_batch_size: int = key(32, "rows of a refinement step", "rows", ge=1)
+
+
+class Privacy(Section):
+    """What leaves a client."""
+
+    min_count: int = key(
+        3, "class statistics are sent for classes with at least so many recordings (1 warns)", "recordings", ge=1
+    )
+    share_variances: bool = key(True, "also send the diagonal variance of a class's audio embeddings")
+
+
+class Resources(Section):
+    """Ray actors and what each may use."""
+
+    client_actors: int = key(2, "client actors; 0 runs the same code in this process, without Ray", "actors", ge=0)
+    client_cpus: float = key(1.0, "CPUs of a client actor", "CPUs", ge=0)
+    client_gpus: float = key(0.0, "GPUs of a client actor; a fraction shares one", "GPUs", ge=0)
+    server_cpus: float = key(0.0, "CPUs of the server actor (it waits while clients train)", "CPUs", ge=0)
+    server_gpus: float = key(0.0, "GPUs of the server actor", "GPUs", ge=0)
+    block_size: int = key(
+        8, "clients trained at once, a power of two; it fixes the order of summation", "clients", ge=1
+    )
+    max_attempts: int = key(3, "times a block is tried when its actor dies", "attempts", ge=1)
+    address: str | None = key(None, "Ray cluster to join (default: a private Ray on this machine)")
+    num_cpus: int | None = key(None, "CPUs the private Ray is told of (default: what it finds)", "CPUs", ge=1)
+    num_gpus: int | None = key(None, "GPUs the private Ray is told of (default: what it finds)", "GPUs", ge=0)
+
+    @field_validator("block_size")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError("must be a power of two (1, 2, 4, 8, ...)")
+        return value
+
+    @field_validator("client_gpus", "server_gpus")
+    @classmethod
+    def _fraction_or_whole(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError("must be a fraction of one GPU or a whole number of GPUs")
+        return value
+
+
+class Tracking(Section):
+    """MLflow."""
+
+    enabled: bool = key(True, "log to MLflow; metrics.jsonl is written either way")
+    uri: str | None = key(None, "tracking store (default: $MLFLOW_TRACKING_URI, else SQLite mlflow.db in output_dir)")
+    experiment: str | None = key(None, "MLflow experiment (default: experiment.name)")
+
+
+class SearchRange(Section):
+    """One searched key: a range or a list of choices."""
+
+    low: float | None = key(None, "lower end of the range")
+    high: float | None = key(None, "upper end of the range")
+    log: bool = key(False, "sample the logarithm")
+    integer: bool = key(False, "whole numbers only")
+    choices: list[Any] | None = key(None, "values to choose from, instead of a range")
+
+
+class Search(Section):
+    """Hyper-parameter search by Ray Tune: ASHA stops trials early, Optuna proposes them."""
+
+    space: dict[str, SearchRange] = key(
+        {}, "searched keys, e.g. {training.learning_rate: {low: 1e-4, high: 1e-2, log: true}}"
+    )
+    metric: str = key("eval/top1", "metric to optimise")
+    mode: Literal["max", "min"] = key("max", "direction")
+    num_trials: int = key(8, "trials", "trials", ge=1)
+    max_concurrent: int = key(1, "trials at a time", "trials", ge=1)
+    grace_period: int = key(2, "ASHA: rounds before a trial may be stopped", "rounds", ge=1)
+    reduction_factor: int = key(2, "ASHA: one trial in so many goes on at each rung", ge=2)
+
+
+class Config(Section):
+    """A whole experiment."""
+
+    experiment: Experiment = Field(default_factory=Experiment)
+    data: Data = Field(default_factory=Data)
+    federation: Federation = Field(default_factory=Federation)
+    nodes: dict[str, Node] = key({}, "explicit clients by id, instead of a partition")
+    model: Model = Field(default_factory=Model)
+    training: Training = Field(default_factory=Training)
+    feda2v: FedA2V = Field(default_factory=FedA2V)
+    privacy: Privacy = Field(default_factory=Privacy)
+    resources: Resources = Field(default_factory=Resources)
+    tracking: Tracking = Field(default_factory=Tracking)
+    search: Search = Field(default_factory=Search)

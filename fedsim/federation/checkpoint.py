@@ -1,0 +1,192 @@
+"""Checkpoints: exactly the server's state, as safetensors and JSON in `checkpoints/round-N/`; never pickle.
+
+A checkpoint is written to a temporary folder, flushed to disk and renamed, so it is there whole or not at all. Every
+file's SHA-256 is in state.json, which also holds the configuration that the numbers depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedsim.config import Config, flatten
+from fedsim.errors import CheckpointError
+from fedsim.types import AdapterState, ClassStats
+
+SCHEMA = 1
+FREE_SECTIONS = ("tracking.", "search.", "resources.", "experiment.")
+BOUND_ALL_THE_SAME = ("experiment.seed", "resources.block_size")
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """What a checkpoint holds.
+
+    Random streams need no counters: each is a function of (seed, purpose, round, client).
+
+    Attributes:
+        round_number: the last finished round, 0 before the first.
+        adapter: global trainable tensors.
+        generator: the generator's own state with its optimiser; empty before its first fit.
+        buffer: class statistics of earlier rounds, or None.
+        personal: client id -> its own tensors, where clients keep them.
+    """
+
+    round_number: int
+    adapter: AdapterState
+    generator: Mapping[str, Tensor] = field(default_factory=dict)
+    buffer: ClassStats | None = None
+    personal: Mapping[int, AdapterState] = field(default_factory=dict)
+
+
+def bound_config(config: Config) -> dict[str, Any]:
+    """The flattened configuration keys that the numbers of a run depend on."""
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if key in BOUND_ALL_THE_SAME or not key.startswith(FREE_SECTIONS)
+    }
+
+
+def save_checkpoint(run_dir: Path, state: ServerState, config: Config, *, mlflow_run_id: str | None) -> Path:
+    """Write `checkpoints/round-N/` atomically; one that exists is replaced. Returns the folder."""
+    final = run_dir / "checkpoints" / f"round-{state.round_number}"
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, table in _tables(state).items():
+        save_file({key: tensor.contiguous().cpu() for key, tensor in table.items()}, partial / f"{name}.safetensors")
+    document = {
+        "schema": SCHEMA,
+        "round": state.round_number,
+        "mlflow_run_id": mlflow_run_id,
+        "config": bound_config(config),
+        "sha256": {file.name: _sha256(file) for file in sorted(partial.iterdir())},
+    }
+    (partial / "state.json").write_text(json.dumps(document, indent=2) + "\n")
+    for file in partial.iterdir():
+        _flush(file)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    _flush(final.parent)
+    return final
+
+
+def _tables(state: ServerState) -> dict[str, dict[str, Tensor]]:
+    personal = {f"{client}/{name}": t for client, own in state.personal.items() for name, t in own.items()}
+    tables = {"adapter": dict(state.adapter), "generator": dict(state.generator), "personal": personal}
+    if state.buffer is not None:
+        tables["buffer"] = {
+            "client": torch.from_numpy(state.buffer.client),
+            "label": torch.from_numpy(state.buffer.label),
+            "count": torch.from_numpy(state.buffer.count),
+            "audio_mean": state.buffer.audio_mean,
+            **{f"output_mean.{head}": mean for head, mean in state.buffer.output_mean.items()},
+        }
+        if state.buffer.audio_var is not None:
+            tables["buffer"]["audio_var"] = state.buffer.audio_var
+    # safetensors keeps one copy of shared memory; clones keep tables independent of that.
+    return {name: {k: t.clone() for k, t in table.items()} for name, table in tables.items() if table}
+
+
+def load_checkpoint(run_dir: Path, config: Config) -> tuple[ServerState, str | None]:
+    """The newest checkpoint of a run and the MLflow run id it was written under.
+
+    Raises:
+        CheckpointError: there is none, a file is missing or damaged, or it belongs to another configuration.
+    """
+    folder = newest_checkpoint(run_dir)
+    document = _read_document(folder)
+    stored, wanted = document["config"], bound_config(config)
+    differing = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
+    if differing:
+        key = differing[0]
+        raise CheckpointError(
+            f"{folder} belongs to another configuration: {key} was {stored.get(key)!r}, now {wanted.get(key)!r}"
+            + (f", and {len(differing) - 1} more: {', '.join(differing[1:4])}" if len(differing) > 1 else "")
+        )
+    tables = {}
+    for name, expected in document["sha256"].items():
+        file = folder / Path(name).name
+        if not file.is_file() or _sha256(file) != expected:
+            raise CheckpointError(
+                f"{file} is {'damaged or truncated' if file.is_file() else 'missing'}; delete the folder "
+                f"{folder.name} to go on from an earlier checkpoint, if there is one"
+            )
+        tables[file.stem] = _read_tensors(file)
+    return _from_tables(document["round"], tables), document["mlflow_run_id"]
+
+
+def newest_checkpoint(run_dir: Path) -> Path:
+    """The folder of the highest round.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folders = [path for path in (run_dir / "checkpoints").glob("round-*") if re.fullmatch(r"round-\d+", path.name)]
+    if not folders:
+        raise CheckpointError(f"{run_dir} holds no checkpoint (no checkpoints/round-N); start it with `fedsim run`")
+    return max(folders, key=lambda path: int(path.name.split("-")[1]))
+
+
+def _read_document(folder: Path) -> dict[str, Any]:
+    try:
+        document = json.loads((folder / "state.json").read_text())
+        if document["schema"] != SCHEMA:
+            raise CheckpointError(f"{folder}: checkpoint schema {document['schema']}, this fedsim reads {SCHEMA}")
+        for key, kind in (("round", int), ("config", dict), ("sha256", dict)):
+            if not isinstance(document[key], kind):
+                raise TypeError(f"{key} is no {kind.__name__}")
+        return {"mlflow_run_id": None, **document}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}/state.json is damaged or missing ({type(error).__name__}: {error})") from error
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is not a readable safetensors file ({error})") from error
+
+
+def _from_tables(round_number: int, tables: Mapping[str, dict[str, Tensor]]) -> ServerState:
+    personal: dict[int, AdapterState] = {}
+    for key, tensor in tables.get("personal", {}).items():
+        client, name = key.split("/", 1)
+        personal.setdefault(int(client), {})[name] = tensor
+    buffer = None
+    if "buffer" in tables:
+        table = tables["buffer"]
+        heads = {name[len("output_mean.") :]: t for name, t in table.items() if name.startswith("output_mean.")}
+        columns = (table[name].numpy() for name in ("client", "label", "count"))
+        buffer = ClassStats(*columns, table["audio_mean"], table.get("audio_var"), heads)
+    return ServerState(round_number, tables["adapter"], tables.get("generator", {}), buffer, personal)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return (
+            hashlib.file_digest(stream, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(stream.read()).hexdigest()
+        )
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

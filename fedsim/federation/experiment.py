@@ -1,0 +1,162 @@
+"""A whole run: the loop over rounds, and what each round leaves behind.
+
+`run_rounds` is the loop. It drives an `Experiment` in this process, or a handle of the same methods to one that lives
+in a server actor; either way only numbers come back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedsim.federation.run_directory import append_round, read_history, write_text
+from fedsim.federation.server import Server
+from fedsim.federation.tracker import FinalReport, Tracker
+from fedsim.models.saved import digest, save_adapter
+from fedsim.types import RoundResult
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Where a run leaves its results.
+
+    Attributes:
+        run_dir: the run directory.
+        mlflow_run_id: the MLflow run, or None.
+        mlflow_uri: its store, or None.
+        checkpoint_every: rounds between checkpoints.
+        last_round: the round after which a checkpoint is always written.
+    """
+
+    run_dir: Path
+    mlflow_run_id: str | None
+    mlflow_uri: str | None
+    checkpoint_every: int
+    last_round: int
+
+
+class ExperimentHandle(Protocol):
+    """An experiment in this process or in an actor."""
+
+    def round(self) -> RoundResult:
+        """Run the next round, record it, and write a checkpoint when one is due."""
+        ...
+
+    def finish(self, status: str) -> dict[str, Any]:
+        """Write the adapter, plots and result.json; returns the contents of result.json."""
+        ...
+
+    def abandon(self, status: str) -> None:
+        """Close the tracking run of an experiment that ends early."""
+        ...
+
+    def close(self) -> None:
+        """Free processes and memory."""
+        ...
+
+
+def run_rounds(
+    experiment: ExperimentHandle, rounds: Sequence[int], on_round: Callable[[RoundResult], None]
+) -> dict[str, Any]:
+    """Run the remaining rounds and finish; `on_round` sees every result. Returns the contents of result.json."""
+    for _ in rounds:
+        on_round(experiment.round())
+    return experiment.finish("FINISHED")
+
+
+class Experiment:
+    """A server, and where its results go: metrics.jsonl, checkpoints, tracker, adapter folder, result.json.
+
+    Args:
+        server: runs rounds.
+        files: the run directory and what belongs to it.
+        tracker: records numbers and artifacts.
+    """
+
+    def __init__(self, server: Server, files: RunFiles, tracker: Tracker) -> None:
+        self._server, self._files, self._tracker = server, files, tracker
+
+    def round(self) -> RoundResult:
+        """Run the next round; its checkpoint is written before its numbers, which a resume would repeat."""
+        result = self._server.run_round()
+        files = self._files
+        if result.round_number % files.checkpoint_every == 0 or result.round_number == files.last_round:
+            self._server.save(files.run_dir, mlflow_run_id=files.mlflow_run_id)
+        append_round(files.run_dir, result)
+        self._tracker.log_round(result)
+        return result
+
+    def finish(self, status: str) -> dict[str, Any]:
+        """Write the adapter, result.json and the final report."""
+        run_dir, setup, state = self._files.run_dir, self._server.setup, self._server.state
+        history = read_history(run_dir)
+        metrics = {name: value for name, value in history[-1]["metrics"].items() if value is not None}
+        info = {
+            "name": setup.config.experiment.name,
+            "audio_encoder": setup.used["audio_encoder"],
+            "text_encoder": {head: setup.used[f"text_{head}"] for head in setup.targets},
+            "class_names": list(setup.class_names),
+            "top1": metrics.get("eval/top1"),
+        }
+        save_adapter(run_dir / "adapter", self._server.parts.adapter, state.adapter, info=info)
+        result = {
+            "metrics": metrics,
+            "rounds": state.round_number,
+            "digest": digest(state.adapter),
+            "versions": versions(),
+            "mlflow_run_id": self._files.mlflow_run_id,
+            "mlflow_uri": self._files.mlflow_uri,
+            "used": dict(setup.used),
+            "data_fingerprint": setup.data_fingerprint,
+            "num_clients": setup.partition.num_clients,
+        }
+        write_text(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
+        self._tracker.log_report(self._report(history))
+        final = {f"final/{name.removeprefix('eval/')}": value for name, value in metrics.items() if "eval/" in name}
+        self._tracker.finish(status, final, {"digest": result["digest"]})
+        return result
+
+    def _report(self, history: Sequence[Mapping[str, Any]]) -> FinalReport:
+        evaluation, classes = self._server.last_evaluation, self._server.setup.class_names
+        real, real_label, synthetic, synthetic_label = self._server.sample_embeddings()
+        return FinalReport(
+            run_dir=self._files.run_dir,
+            class_names=classes,
+            confusion=np.zeros((len(classes),) * 2, dtype=np.int64) if evaluation is None else evaluation.confusion,
+            real=real,
+            real_label=real_label,
+            synthetic=synthetic,
+            synthetic_label=synthetic_label,
+            history=history,
+            adapter_dir=self._files.run_dir / "adapter",
+        )
+
+    def abandon(self, status: str) -> None:
+        """Close the tracking run."""
+        self._tracker.finish(status, {}, {})
+
+    def close(self) -> None:
+        """Free what the pool holds."""
+        self._server.pool.close()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    packages = ("fedsim-a2v", "torch", "numpy", "ray", "transformers", "mlflow", "scipy", "soundfile")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

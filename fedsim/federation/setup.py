@@ -1,0 +1,329 @@
+"""From a configuration to what a round needs: recordings, splits, partition, embeddings, targets, adapters.
+
+`prepare` runs once, on the driver. Its result is plain data (arrays, paths, strings) that actors receive once and
+from which `build_parts` makes the objects that compute.
+
+Legend: N recordings, C classes, S segments, D audio embedding width; F frames and M mel bands of a spectrogram.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.algorithms.client_model import ENCODER, AdapterModel, ClientModel, EncoderModel
+from fedsim.algorithms.generation import NO_STATISTICS
+from fedsim.algorithms.objective import Objective, make_objective
+from fedsim.config.schema import AdapterPreset, Config
+from fedsim.data import open_recordings
+from fedsim.data.partition import NodeSpec, Partition, make_partition, partition_nodes
+from fedsim.data.recordings import Recordings
+from fedsim.data.split import split_recordings
+from fedsim.data.store import Store, fill_store, open_store, write_store
+from fedsim.errors import ConfigError, DataError
+from fedsim.models.adapters import Adapter, HeadSpec, make_adapter
+from fedsim.models.encoders import make_audio_encoder
+from fedsim.models.encoders.ast import AstEncoder
+from fedsim.models.encoders.precomputed import load_precomputed
+from fedsim.models.encoders.text import make_text_targets
+from fedsim.seeding import rng
+from fedsim.types import AdapterState
+
+log = logging.getLogger(__name__)
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that actors are told once.
+
+    Attributes:
+        config: the resolved configuration.
+        class_names: C names; a class is its position.
+        store_path: folder of the embedding store, rows in the order of `labels`.
+        labels: class of every recording [N].
+        partition: training rows of every client.
+        test_rows: rows that no client holds.
+        targets: head -> text targets [C, *shape].
+        client_names: ids from `nodes`, or numbers, for messages.
+        used: what was used, for people: audio and text encoder, data.
+        data_fingerprint: hash of names, labels and folds.
+    """
+
+    config: Config
+    class_names: tuple[str, ...]
+    store_path: Path
+    labels: np.ndarray
+    partition: Partition
+    test_rows: np.ndarray
+    targets: Mapping[str, np.ndarray]
+    client_names: tuple[str, ...]
+    used: Mapping[str, str]
+    data_fingerprint: str
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What computes, on one device: adapter, loss, client model and the open store."""
+
+    adapter: Adapter
+    objective: Objective
+    model: ClientModel
+    encoder_state: AdapterState
+    store: Store
+    device: torch.device
+
+
+def prepare(config: Config, progress: Progress | None = None) -> Setup:
+    """Open the recordings, split and deal them, fill the embedding store and make the text targets.
+
+    Args:
+        config: the experiment.
+        progress: called with (done, total) while recordings are embedded.
+
+    Raises:
+        FedsimError: whatever is wrong with the data, the encoders or their combination, in one line.
+    """
+    everything = open_recordings(
+        config.data.name,
+        path=config.data.path,
+        classes=None,
+        clips_per_class=config.data.clips_per_class,
+        seed=config.experiment.seed,
+    )
+    wanted = _wanted_classes(config)
+    recordings = everything if wanted is None else everything.select(wanted)
+    train, test = _split(config, recordings, np.ones(len(recordings.label), dtype=bool))
+    partition = _deal(config, recordings, train)
+    targets = make_text_targets(
+        config.model.text_encoder.name,
+        class_names=recordings.class_names,
+        heads=config.model.head_shapes(),
+        path=config.model.text_encoder.path,
+        clip=config.model.text_encoder.clip,
+        t5=config.model.text_encoder.t5,
+        revision=config.model.text_encoder.revision,
+        template=config.model.text_encoder.template,
+    )
+    _check_statistics(config, partition, recordings)
+    store, audio_encoder = _embed(config, everything, recordings, progress)
+    if not store.ok.all():
+        train, test = _split(config, recordings, store.ok)
+        partition = _deal(config, recordings, train)
+    used = {"audio_encoder": audio_encoder, "data": recordings.name}
+    used |= {f"text_{head}": source for head, source in targets.source.items()}
+    return Setup(
+        config=config,
+        class_names=recordings.class_names,
+        store_path=store.path,
+        labels=recordings.label,
+        partition=partition,
+        test_rows=test,
+        targets={head: table.numpy() for head, table in targets.targets.items()},
+        client_names=tuple(config.nodes) or tuple(map(str, range(partition.num_clients))),
+        used=used,
+        data_fingerprint=recordings.fingerprint,
+    )
+
+
+def _wanted_classes(config: Config) -> list[str] | None:
+    """Classes of `data.classes`, or those that explicit nodes name; None for all."""
+    if config.data.classes is not None or not config.nodes:
+        return config.data.classes
+    named = [node.selected_classes for node in config.nodes.values()]
+    if any(classes is None for classes in named):
+        return None
+    return sorted({name for classes in named for name in classes or ()})
+
+
+def _split(config: Config, recordings: Recordings, ok: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Training and held-out rows among the readable recordings."""
+    kept = np.flatnonzero(ok)
+    train, test = split_recordings(
+        recordings.take(kept),
+        test_fold=config.data.test_fold,
+        test_share=config.data.test_share,
+        seed=config.experiment.seed,
+    )
+    return kept[train], kept[test]
+
+
+def _deal(config: Config, recordings: Recordings, train: np.ndarray) -> Partition:
+    """Deal the training rows to clients."""
+    stream = rng(config.experiment.seed, "partition")
+    labels, groups = recordings.label[train], recordings.group[train]
+    federation = config.federation
+    if config.nodes:
+        nodes = [
+            NodeSpec(node.selected_classes, node.excluded_classes, node.num_samples_per_class)
+            for node in config.nodes.values()
+        ]
+        dealt = partition_nodes(nodes, label=labels, group=groups, class_names=recordings.class_names, stream=stream)
+    else:
+        dealt = make_partition(
+            federation.partition,
+            label=labels,
+            group=groups,
+            num_clients=federation.num_clients,
+            stream=stream,
+            alpha=federation.alpha,
+            shards_per_client=federation.shards_per_client,
+            classes_per_client=federation.classes_per_client,
+            column=_client_column(config, recordings, train),
+        )
+    return replace(dealt, rows=train[dealt.rows])
+
+
+def _client_column(config: Config, recordings: Recordings, train: np.ndarray) -> np.ndarray | None:
+    column = config.federation.column
+    if config.federation.partition != "by_column":
+        return None
+    if column not in recordings.columns:
+        known = ", ".join(recordings.columns) or "none"
+        raise ConfigError(f"federation.column: {recordings.name} has no column {column!r}; it has: {known}")
+    return recordings.columns[column][train]
+
+
+def _check_statistics(config: Config, partition: Partition, recordings: Recordings) -> None:
+    """Refuse a server step that could never receive a class statistic."""
+    minimum = config.privacy.min_count
+    if minimum == 1:
+        log.warning("privacy.min_count is 1: the mean of one recording is that recording's embedding")
+    if not config.feda2v.global_model_train:
+        return
+    counts = partition.class_counts(recordings.label, len(recordings.class_names))
+    if counts.max(initial=0) < minimum:
+        raise DataError(NO_STATISTICS.format(min_count=minimum))
+    withheld = int(((counts > 0) & (counts < minimum)).sum())
+    if withheld:
+        log.info("privacy.min_count %d withholds %d of %d (client, class) pairs", minimum, withheld, (counts > 0).sum())
+
+
+def cache_dir(config: Config) -> Path:
+    """Folder of the embedding cache."""
+    if config.data.cache_dir is not None:
+        return Path(config.data.cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsim"
+
+
+def _embed(
+    config: Config, everything: Recordings, recordings: Recordings, progress: Progress | None
+) -> tuple[Store, str]:
+    """Fill or open the store of what clients read: audio embeddings, or spectrograms when AST layers are trained."""
+    wanted = config.model.audio_encoder
+    if wanted.name == "precomputed":
+        if wanted.path is None:
+            raise ConfigError("model.audio_encoder.path is needed: the file that holds the ready-made embeddings")
+        rows = load_precomputed(wanted.path, num_rows=len(everything.label), segments=wanted.segments, dim=wanted.dim)
+        position = {name: row for row, name in enumerate(everything.names)}
+        mine = rows[[position[name] for name in recordings.names]]
+        return write_store(mine, cache_dir=cache_dir(config), names=recordings.names), f"precomputed ({wanted.path})"
+    encoder = make_audio_encoder(
+        wanted.name, path=wanted.path, revision=wanted.revision, segments=wanted.segments, dim=wanted.dim
+    )
+    fingerprint, row_shape = encoder.fingerprint, tuple(encoder.shape)
+    encode = lambda waves: (encoder.encode(waves), np.zeros(len(waves), dtype=np.int64))  # noqa: E731
+    if wanted.trainable != "none":
+        trainable = _require_ast(encoder, wanted.name)
+        fingerprint, row_shape, encode = f"inputs of {fingerprint}", trainable.input_shape, trainable.inputs
+    store = fill_store(
+        cache_dir=cache_dir(config),
+        fingerprint=fingerprint,
+        hashes=[recordings.source.content_hash(row) for row in range(len(recordings.label))],
+        names=recordings.names,
+        load=lambda row: recordings.source.waveform(row, encoder.sample_rate),
+        encode=encode,
+        row_shape=row_shape,
+        batch_size=wanted.batch_size,
+        on_bad_audio=config.data.on_bad_audio,
+        progress=progress,
+    )
+    return store, encoder.description
+
+
+def _require_ast(encoder: object, name: str) -> AstEncoder:
+    if not isinstance(encoder, AstEncoder):
+        raise ConfigError(
+            f"model.audio_encoder.trainable needs an AST (ast, tiny_ast); {name!r} has no trainable layers"
+        )
+    return encoder
+
+
+DEFAULT_PRESETS = {"t5": "slim"}
+
+
+def head_specs(config: Config) -> dict[str, HeadSpec]:
+    """How each head's adapter is built: `model.adapters`, else mlp for clip and slim for t5."""
+    specs = {}
+    for head, shape in config.model.head_shapes().items():
+        preset = config.model.adapters.get(head)
+        if preset is None:
+            kind = DEFAULT_PRESETS.get(head, "mlp")
+            preset = AdapterPreset(preset=kind, hidden=[1024, 2048] if kind == "slim" else [1024])
+        specs[head] = HeadSpec(preset.preset, shape, tuple(preset.hidden), preset.width, preset.num_heads)
+    return specs
+
+
+def build_parts(setup: Setup, device: torch.device) -> Parts:
+    """Make what computes from what was told; the same on every actor."""
+    config = setup.config
+    targets = {head: torch.from_numpy(np.array(table)) for head, table in setup.targets.items()}
+    objective = make_objective(
+        targets,
+        contrastive_weight=config.training.contrastive_weight,
+        temperature=config.training.contrastive_temperature,
+    ).to(device)
+    encoder = config.model.audio_encoder
+    adapter = make_adapter(
+        (encoder.segments, encoder.dim),
+        head_specs(config),
+        centre=objective.centre,
+        scale={head: weight**-0.5 for head, weight in objective.weight.items()},
+    ).to(device)
+    model: ClientModel = AdapterModel(adapter)
+    encoder_state: AdapterState = {}
+    if encoder.trainable != "none":
+        ast = _require_ast(
+            make_audio_encoder(
+                encoder.name,
+                path=encoder.path,
+                revision=encoder.revision,
+                segments=encoder.segments,
+                dim=encoder.dim,
+                device=str(device),
+            ),
+            encoder.name,
+        )
+        encoder_state = {ENCODER + name: t.to(device) for name, t in ast.trainable_state(encoder.trainable).items()}
+        model = EncoderModel(adapter, ast.forward)
+    return Parts(adapter, objective, model, encoder_state, open_store(setup.store_path), device)
+
+
+def rows_of(parts: Parts, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Inputs [n, ...] and lengths [n] of rows of the store, copied onto the device."""
+    inputs = torch.from_numpy(np.array(parts.store.rows[rows])).to(parts.device)
+    return inputs, torch.from_numpy(np.array(parts.store.lengths[rows])).to(parts.device)
+
+
+def choose_device(gpus: float) -> torch.device:
+    """CUDA when GPUs were asked for and there are any, else the CPU."""
+    return torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")
+
+
+def adapter_part(state: AdapterState) -> AdapterState:
+    """The tensors of a state that belong to the adapters, not to the audio encoder."""
+    return {name: tensor for name, tensor in state.items() if not name.startswith(ENCODER)}
+
+
+def initial_state(setup: Setup, parts: Parts) -> AdapterState:
+    """The global trainable tensors before round 1."""
+    fresh = {name: t.to(parts.device) for name, t in parts.adapter.init(setup.config.experiment.seed).items()}
+    return cast(AdapterState, fresh | parts.encoder_state)

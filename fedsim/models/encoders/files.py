@@ -1,0 +1,65 @@
+"""Files that encoders and text tables are read from: where they are, what they hold, and their content hash."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from fedsim.errors import ModelError
+
+
+def locate(path: str | Path | None, *, default: str | None, what: str, config_key: str) -> Path:
+    """The file that a configuration key names, or its default under $FEDSIM_DATA.
+
+    Args:
+        path: value of the key, or None.
+        default: relative to $FEDSIM_DATA; None when there is no default.
+        what: the file in words, for the message.
+        config_key: the key that names it, for the message.
+
+    Raises:
+        ModelError: no such file, or no path and no $FEDSIM_DATA.
+    """
+    if path is None:
+        root = os.environ.get("FEDSIM_DATA")
+        if default is None or not root:
+            hint = "" if default is None else f", or FEDSIM_DATA to a folder that holds {default}"
+            raise ModelError(f"{what}: no file is named; set {config_key} to its path{hint}")
+        path = Path(root) / default
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ModelError(f"{what}: no file {path}; set {config_key} to an existing file")
+    return path
+
+
+def load_arrays(path: Path, *, what: str) -> dict[str, np.ndarray]:
+    """Every array of an .npz file by name; the one array of an .npy file under the name "embeddings".
+
+    Raises:
+        ModelError: the file is truncated, is no NumPy file, or holds pickled objects (they are never loaded).
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {"embeddings": loaded}
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(
+            f"{what}: can't read {path} ({reason}); it must be a complete .npz or .npy file of plain arrays"
+        ) from error
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,177 @@
+"""`gan`: a conditional generative adversarial network over audio embeddings (Goodfellow et al. 2014; Mirza & Osindero).
+
+    L_D = BCE(D(x, v), 1) + BCE(D(G(z, v), v), 0)        L_G = BCE(D(G(z, v), v), 1)   (non-saturating)
+
+One step of each per batch, AdamW 1e-4 with betas (0.5, 0.999), gradients clipped at 5. x is a standardised audio
+embedding, v the prompt embedding of its class, z standard normal. Instance noise on both inputs of D keeps it from
+telling the few statistics apart at once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedsim.errors import ModelError
+from fedsim.models.generators.networks import (
+    adamw,
+    load_optimizer,
+    optimizer_state,
+    part,
+    perceptron,
+    require_finite,
+    shuffled_batches,
+)
+from fedsim.models.generators.report import FitReport
+from fedsim.models.generators.rows import NOT_FITTED, check_width, class_draws, expand_condition, moments
+from fedsim.seeding import normal, rng
+from fedsim.types import ClassStats
+
+INSTANCE_NOISE = 0.1
+CLIP_NORM = 5.0
+
+
+class Gan:
+    """Conditional GAN; see the module for losses.
+
+    Args:
+        seed: of the initial weights.
+        hidden_dim: width of the two hidden layers of G and D.
+        latent_dim: width of z.
+        learning_rate: AdamW step size of both.
+        batch_size: rows of a step.
+        rows_per_class: rows drawn per class and epoch.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        hidden_dim: int = 512,
+        latent_dim: int = 256,
+        learning_rate: float = 1e-4,
+        batch_size: int = 64,
+        rows_per_class: int = 64,
+    ) -> None:
+        self._seed, self._hidden_dim, self._latent_dim = seed, hidden_dim, latent_dim
+        self._learning_rate, self._batch_size, self._rows_per_class = learning_rate, batch_size, rows_per_class
+        self._shape: tuple[int, int, int] | None = None
+
+    def _build(self, segments: int, dim: int, condition_dim: int, device: torch.device) -> None:
+        size, hidden = segments * dim, self._hidden_dim
+        maker = perceptron(
+            [self._latent_dim + condition_dim, hidden, hidden, size], rng(self._seed, "generator-init", "maker")
+        )
+        judge = perceptron([size + condition_dim, hidden, hidden, 1], rng(self._seed, "generator-init", "judge"))
+        self._maker, self._judge = maker.to(device), judge.to(device)
+        self._maker_optimizer = adamw(self._maker.parameters(), self._learning_rate, (0.5, 0.999))
+        self._judge_optimizer = adamw(self._judge.parameters(), self._learning_rate, (0.5, 0.999))
+        self._mean = torch.zeros(segments, dim, device=device)
+        self._deviation = torch.ones(segments, dim, device=device)
+        self._shape = (segments, dim, condition_dim)
+
+    def fit(self, stats: ClassStats, condition: Tensor, *, epochs: int, stream: np.random.Generator) -> FitReport:
+        """Train on draws from the class statistics; see `Vae.fit`.
+
+        Raises:
+            ModelError: another embedding shape or condition width than in earlier fits, or a non-finite loss.
+        """
+        shape = (*stats.audio_mean.shape[1:], condition.shape[1])
+        if self._shape is None:
+            self._build(*shape, device=stats.audio_mean.device)
+        if shape != self._shape:
+            raise ModelError(
+                f"incompatible dimensions: the generator was built for [S, D, V] {self._shape}, got {shape}"
+            )
+        self._mean, self._deviation = moments(stats)
+        history = []
+        for _ in range(epochs):
+            labels, drawn = class_draws(stats, self._rows_per_class, stream)
+            x = ((drawn - self._mean) / self._deviation).flatten(1)
+            history.append(self._epoch_of(x, condition, labels, stream))
+        fake = self._make(condition[torch.from_numpy(labels)], stream).detach()
+        spread = fake.var(0, unbiased=False).mean() / x.var(0, unbiased=False).mean()
+        return FitReport(tuple(history), {"diversity": float(spread)})
+
+    def _make(self, v: Tensor, stream: np.random.Generator) -> Tensor:
+        z = normal(stream, len(v), self._latent_dim).to(v.device)
+        made: Tensor = self._maker(torch.cat([z, v], 1))
+        return made
+
+    def _verdict(self, x: Tensor, v: Tensor, stream: np.random.Generator) -> Tensor:
+        noisy = x + INSTANCE_NOISE * normal(stream, *x.shape).to(x.device)
+        verdict: Tensor = self._judge(torch.cat([noisy, v], 1)).squeeze(1)
+        return verdict
+
+    def _epoch_of(
+        self, x: Tensor, condition: Tensor, labels: np.ndarray, stream: np.random.Generator
+    ) -> Mapping[int, Mapping[str, float]]:
+        sums: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        for batch in shuffled_batches(len(x), self._batch_size, stream):
+            v = condition[torch.from_numpy(labels[batch])]
+            real, fake = self._verdict(x[batch], v, stream), self._verdict(self._make(v, stream).detach(), v, stream)
+            judged = functional.softplus(-real) + functional.softplus(fake)
+            self._update(self._judge, self._judge_optimizer, judged.mean(), "GAN discriminator")
+            made = functional.softplus(-self._verdict(self._make(v, stream), v, stream))
+            self._update(self._maker, self._maker_optimizer, made.mean(), "GAN generator")
+            columns = {
+                "loss": made,
+                "discriminator": judged,
+                "d_real": torch.sigmoid(real),
+                "d_fake": torch.sigmoid(fake),
+            }
+            for name, values in columns.items():
+                for label, value in zip(labels[batch], values.tolist(), strict=True):
+                    sums[int(label)][name] += value / self._rows_per_class
+        return {label: dict(parts) for label, parts in sorted(sums.items())}
+
+    @staticmethod
+    def _update(network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, what: str) -> None:
+        require_finite(loss, what)
+        network.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(network.parameters(), CLIP_NORM, foreach=False)
+        optimizer.step()
+
+    @torch.no_grad()
+    def sample(self, condition: Tensor, n: int, *, stream: np.random.Generator) -> Tensor:
+        """Audio embeddings [n, S, D]; condition [n, V] or [1, V].
+
+        Raises:
+            ModelError: before the first fit, or a condition of another width.
+        """
+        if self._shape is None:
+            raise ModelError(NOT_FITTED)
+        check_width(condition, self._shape[2])
+        x = self._make(expand_condition(condition, n), stream)
+        return self._mean + self._deviation * x.view(n, *self._mean.shape)
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, optimisers and standardisation; empty before the first fit."""
+        if self._shape is None:
+            return {}
+        tensors = {
+            "maker": self._maker.state_dict(),
+            "judge": self._judge.state_dict(),
+            "maker_optimizer": optimizer_state(self._maker_optimizer),
+            "judge_optimizer": optimizer_state(self._judge_optimizer),
+        }
+        flat = {f"{group}.{name}": tensor.clone() for group, state in tensors.items() for name, tensor in state.items()}
+        return flat | {"mean": self._mean, "deviation": self._deviation, "shape": torch.tensor(self._shape)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take a state from `state()`."""
+        if not state:
+            return
+        segments, dim, condition_dim = (int(n) for n in state["shape"])
+        self._build(segments, dim, condition_dim, state["mean"].device)
+        self._maker.load_state_dict(part(state, "maker"))
+        self._judge.load_state_dict(part(state, "judge"))
+        load_optimizer(self._maker_optimizer, part(state, "maker_optimizer"))
+        load_optimizer(self._judge_optimizer, part(state, "judge_optimizer"))
+        self._mean, self._deviation = state["mean"], state["deviation"]

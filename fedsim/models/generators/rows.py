@@ -1,0 +1,121 @@
+"""Training rows from class statistics, and lookup of a class by its condition.
+
+Legend: M rows of class statistics, C classes, V condition width, S segments, D width, n rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.errors import ModelError
+from fedsim.seeding import normal
+from fedsim.types import ClassStats
+
+NOT_FITTED = (
+    "generator not initialised: sample() was called before fit(); set feda2v.global_model_train: true so that the "
+    "server trains it, or resume from a checkpoint that holds it"
+)
+
+
+def pick_rows(stats: ClassStats, labels: np.ndarray, stream: np.random.Generator) -> np.ndarray:
+    """For every wanted label [n] a row of the table with that label, drawn with probability by count; -> [n]."""
+    picked = np.empty(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        mine, wanted = np.flatnonzero(stats.label == label), np.flatnonzero(labels == label)
+        shares = stats.count[mine] / stats.count[mine].sum()
+        picked[wanted] = mine[stream.choice(len(mine), size=len(wanted), p=shares)]
+    return picked
+
+
+def draw(mean: Tensor, variance: Tensor | None, rows: np.ndarray, stream: np.random.Generator) -> Tensor:
+    """mean[row] + sqrt(variance[row]) * eps for every row number [n] -> [n, S, D]; the means where variance is None."""
+    index = torch.from_numpy(rows).to(mean.device)
+    if variance is None:
+        return mean[index]
+    noise = normal(stream, *mean[index].shape).to(mean.device)
+    return mean[index] + variance[index].sqrt() * noise
+
+
+def class_draws(stats: ClassStats, per_class: int, stream: np.random.Generator) -> tuple[np.ndarray, Tensor]:
+    """`per_class` draws of every class in the table: labels [n] and audio embeddings [n, S, D]."""
+    labels = np.repeat(np.unique(stats.label), per_class)
+    return labels, draw(stats.audio_mean, stats.audio_var, pick_rows(stats, labels, stream), stream)
+
+
+def moments(stats: ClassStats) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [S, D] of a mixture that gives every class the same weight.
+
+    The deviation is floored at 1 % of its mean over coordinates, so that constant coordinates stay finite.
+    """
+    weight = np.zeros(len(stats))
+    for label in np.unique(stats.label):
+        mine = stats.label == label
+        weight[mine] = stats.count[mine] / stats.count[mine].sum()
+    share = torch.from_numpy((weight / weight.sum()).astype(np.float32)).to(stats.audio_mean.device).view(-1, 1, 1)
+    mean = (share * stats.audio_mean).sum(0)
+    variance = (share * (stats.audio_mean - mean).square()).sum(0)
+    if stats.audio_var is not None:
+        variance = variance + (share * stats.audio_var).sum(0)
+    deviation = variance.sqrt()
+    return mean, deviation.clamp(min=float(deviation.mean()) * 0.01 + 1e-8)
+
+
+def expand_condition(condition: Tensor, n: int) -> Tensor:
+    """One condition per sample [n, V].
+
+    Raises:
+        ModelError: neither 1 nor n rows.
+    """
+    if condition.ndim != 2 or len(condition) not in (1, n):
+        raise ModelError(f"{n} samples need 1 or {n} conditions [n, V], got {list(condition.shape)}")
+    return condition.expand(n, -1)
+
+
+class ConditionTable:
+    """The conditions of the classes a statistical generator knows; finds a class by the nearest one."""
+
+    def __init__(self) -> None:
+        self._labels = torch.empty(0, dtype=torch.int64)
+        self._conditions = torch.empty(0, 0)
+
+    def fit(self, condition: Tensor, labels: np.ndarray) -> None:
+        """Remember condition [C, V] for the classes that occur in labels [M]."""
+        self._labels = torch.from_numpy(np.unique(labels))
+        self._conditions = condition[self._labels.to(condition.device)].clone()
+
+    def lookup(self, condition: Tensor, n: int) -> np.ndarray:
+        """Class numbers [n] of the nearest known conditions.
+
+        Raises:
+            ModelError: nothing was fitted, or the widths differ.
+        """
+        if not len(self._labels):
+            raise ModelError(NOT_FITTED)
+        check_width(condition, self._conditions.shape[1])
+        nearest = torch.cdist(expand_condition(condition, n), self._conditions).argmin(1)
+        return self._labels[nearest.cpu()].numpy()
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by name."""
+        return {"table.labels": self._labels, "table.conditions": self._conditions}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take a state from `state()`."""
+        self._labels, self._conditions = state["table.labels"], state["table.conditions"]
+
+
+def check_width(condition: Tensor, width: int) -> None:
+    """Refuse conditions of another width than the fitted ones.
+
+    Raises:
+        ModelError: the widths differ.
+    """
+    if condition.shape[-1] != width:
+        raise ModelError(
+            f"incompatible dimensions: the generator was fitted with conditions of width {width}, "
+            f"got width {condition.shape[-1]}"
+        )

@@ -1,0 +1,160 @@
+"""Statistical generators, the baselines that every table must carry: nothing is learnt, statistics are sampled.
+
+Legend: M rows of class statistics, S segments, D width, n samples, K_c clients that hold class c.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.models.generators.report import FitReport
+from fedsim.models.generators.rows import ConditionTable, draw, pick_rows
+from fedsim.types import ClassStats
+
+log = logging.getLogger(__name__)
+
+
+class _Table:
+    """Means [M, S, D], optional variances and counts of (client, class) rows, sampled by condition."""
+
+    def __init__(self) -> None:
+        self._conditions = ConditionTable()
+        self._stats: ClassStats | None = None
+
+    def fit(self, stats: ClassStats, condition: Tensor, variance: Tensor | None) -> None:
+        self._conditions.fit(condition, stats.label)
+        self._stats = ClassStats(stats.client, stats.label, stats.count, stats.audio_mean, variance, {})
+
+    def sample(self, condition: Tensor, n: int, stream: np.random.Generator) -> Tensor:
+        labels = self._conditions.lookup(condition, n)
+        assert self._stats is not None  # lookup raises before the first fit
+        rows = pick_rows(self._stats, labels, stream)
+        return draw(self._stats.audio_mean, self._stats.audio_var, rows, stream)
+
+    def state(self) -> dict[str, Tensor]:
+        if self._stats is None:
+            return {}
+        kept = {
+            "client": torch.from_numpy(self._stats.client),
+            "label": torch.from_numpy(self._stats.label),
+            "count": torch.from_numpy(self._stats.count),
+            "audio_mean": self._stats.audio_mean,
+        }
+        if self._stats.audio_var is not None:
+            kept["audio_var"] = self._stats.audio_var
+        return kept | self._conditions.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            self._conditions.load(state)
+            columns = (state[name].numpy() for name in ("client", "label", "count"))
+            self._stats = ClassStats(*columns, state["audio_mean"], state.get("audio_var"), {})
+
+
+class Replay:
+    """`replay`: the clients' class means themselves, drawn with probability by count."""
+
+    def __init__(self) -> None:
+        self._table = _Table()
+
+    def fit(self, stats: ClassStats, condition: Tensor, *, epochs: int, stream: np.random.Generator) -> FitReport:
+        """Keep the class means; `epochs` and `stream` are not used, kept for a common interface."""
+        self._table.fit(stats, condition, None)
+        return FitReport((), {})
+
+    def sample(self, condition: Tensor, n: int, *, stream: np.random.Generator) -> Tensor:
+        """Class means [n, S, D]."""
+        return self._table.sample(condition, n, stream)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by name."""
+        return self._table.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take a state from `state()`."""
+        self._table.load(state)
+
+
+class Gaussian:
+    """`gaussian`: a mixture over clients of diagonal Gaussians (CCVR, Luo et al. 2021, with diagonal covariances)."""
+
+    def __init__(self) -> None:
+        self._table = _Table()
+
+    def fit(self, stats: ClassStats, condition: Tensor, *, epochs: int, stream: np.random.Generator) -> FitReport:
+        """Keep means and variances; without variances (`privacy.share_variances: false`) it is a replay, announced."""
+        if stats.audio_var is None:
+            log.warning("generator 'gaussian' got no variances (privacy.share_variances is false): it replays means")
+        self._table.fit(stats, condition, stats.audio_var)
+        return FitReport((), {})
+
+    def sample(self, condition: Tensor, n: int, *, stream: np.random.Generator) -> Tensor:
+        """Draws a + sqrt(s) * eps [n, S, D]."""
+        return self._table.sample(condition, n, stream)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by name."""
+        return self._table.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take a state from `state()`."""
+        self._table.load(state)
+
+
+class Cof:
+    """`cof`: the within-class variance recovered from the spread of client means (FedCOF, 2025, arXiv 2412.14326).
+
+    A client mean of n recordings varies with variance / n, so
+
+        variance_c = 1 / (K_c - 1) * sum over clients of n_kc * (a_kc - a_c)^2
+
+    is unbiased when clients differ by chance alone. Classes are shrunk towards the pooled variance, with the weight
+    of `prior` degrees of freedom, because K_c is small. Samples are drawn around the class mean.
+    """
+
+    prior = 4.0
+
+    def __init__(self) -> None:
+        self._table = _Table()
+
+    def fit(self, stats: ClassStats, condition: Tensor, *, epochs: int, stream: np.random.Generator) -> FitReport:
+        """Estimate one mean and one variance per class; with one client per class it is a replay, announced."""
+        labels = np.unique(stats.label)
+        counts = np.array([stats.count[stats.label == label].sum() for label in labels])
+        means, spread, freedom = [], [], []
+        for label in labels:
+            mine = torch.from_numpy(np.flatnonzero(stats.label == label)).to(stats.audio_mean.device)
+            n = torch.from_numpy(stats.count[stats.label == label]).to(stats.audio_mean).view(-1, 1, 1)
+            mean = (n * stats.audio_mean[mine]).sum(0) / n.sum()
+            means.append(mean)
+            spread.append((n * (stats.audio_mean[mine] - mean).square()).sum(0))
+            freedom.append(len(mine) - 1)
+        total = sum(freedom)
+        variance: Tensor | None = None
+        if total:
+            pooled = torch.stack(spread).sum(0) / total
+            variance = torch.stack(
+                [(s + self.prior * pooled) / (f + self.prior) for s, f in zip(spread, freedom, strict=True)]
+            )
+        else:
+            log.warning("generator 'cof' found no class on two clients: no variance to recover, it replays means")
+        table = ClassStats(np.full(len(labels), -1), labels, counts, torch.stack(means), variance, {})
+        self._table.fit(table, condition, variance)
+        return FitReport((), {"degrees_of_freedom": float(total)})
+
+    def sample(self, condition: Tensor, n: int, *, stream: np.random.Generator) -> Tensor:
+        """Draws around class means [n, S, D]."""
+        return self._table.sample(condition, n, stream)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by name."""
+        return self._table.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take a state from `state()`."""
+        self._table.load(state)

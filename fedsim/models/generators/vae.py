@@ -1,0 +1,235 @@
+"""`vae`: a conditional variational auto-encoder over audio embeddings (Kingma & Welling 2014; Sohn et al. 2015).
+
+    encoder [x; v] -> mu, log sigma^2 (latent)          decoder [z; v] -> linear output, a row its own condition
+    L = recon + beta * KL + 0.1 * similarity
+
+x is a standardised audio embedding of N = S * D numbers, v the prompt embedding of its class. With `calibrated` scaling
+(sigma-VAE, Rybkin et al. 2021: recon = N/2 ln MSE, the optimal decoder variance) every part is divided by N:
+
+    recon = 1/2 ln MSE      KL = beta / N * sum_j 1/2 (mu_j^2 + sigma_j^2 - 1 - ln sigma_j^2)
+    similarity = 0.05 * (1 - mean over segments of cos(x, x'))
+
+`legacy` is the original's literal mean MSE + beta * KL + 0.1 * (1 - cos). beta rises linearly over a share of the
+epochs of the *whole run*, by a counter that is part of the state. Samples keep the decoder's residual variance: it
+is half of the spread where the latent explains only the rest.
+
+Deviations from the original: standardised input and linear output instead of Tanh; a condition per row.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedsim.errors import ModelError
+from fedsim.models.generators.networks import (
+    adamw,
+    load_optimizer,
+    optimizer_state,
+    part,
+    perceptron,
+    require_finite,
+    shuffled_batches,
+)
+from fedsim.models.generators.report import FitReport
+from fedsim.models.generators.rows import NOT_FITTED, check_width, class_draws, expand_condition, moments
+from fedsim.seeding import normal, rng
+from fedsim.types import ClassStats
+
+log = logging.getLogger(__name__)
+INPUT_NOISE = 0.1
+CLIP_NORM = 5.0
+
+
+class Vae:
+    """Conditional VAE; see the module for losses.
+
+    Args:
+        seed: of the initial weights.
+        hidden_dim: width of the two hidden layers of encoder and decoder.
+        latent_dim: width of z.
+        learning_rate: AdamW step size.
+        batch_size: rows of a step.
+        rows_per_class: rows drawn per class and epoch.
+        total_epochs: epochs of the whole run.
+        beta_warmup: share of them after which beta is 1.
+        calibrated: loss scaling.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        hidden_dim: int = 512,
+        latent_dim: int = 256,
+        learning_rate: float = 1e-4,
+        batch_size: int = 64,
+        rows_per_class: int = 64,
+        total_epochs: int = 1,
+        beta_warmup: float = 0.5,
+        calibrated: bool = True,
+    ) -> None:
+        self._seed, self._hidden_dim, self._latent_dim = seed, hidden_dim, latent_dim
+        self._learning_rate, self._batch_size, self._rows_per_class = learning_rate, batch_size, rows_per_class
+        self._warmup_epochs = max(1, math.ceil(beta_warmup * total_epochs))
+        self._calibrated = calibrated
+        self._epoch = 0
+        self._shape: tuple[int, int, int] | None = None
+
+    @property
+    def beta(self) -> float:
+        """Weight of the KL term in the coming epoch: min(1, (t + 1) / warm-up epochs)."""
+        return min(1.0, (self._epoch + 1) / self._warmup_epochs)
+
+    def _build(self, segments: int, dim: int, condition_dim: int, device: torch.device) -> None:
+        size, hidden = segments * dim, self._hidden_dim
+        encoder = perceptron(
+            [size + condition_dim, hidden, hidden, 2 * self._latent_dim], rng(self._seed, "generator-init", "encoder")
+        )
+        decoder = perceptron(
+            [self._latent_dim + condition_dim, hidden, hidden, size], rng(self._seed, "generator-init", "decoder")
+        )
+        self._network = nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(device)
+        self._optimizer = adamw(self._network.parameters(), self._learning_rate, (0.9, 0.999))
+        self._mean = torch.zeros(segments, dim, device=device)
+        self._deviation = torch.ones(segments, dim, device=device)
+        self._residual = torch.ones(size, device=device)
+        self._shape = (segments, dim, condition_dim)
+
+    def fit(self, stats: ClassStats, condition: Tensor, *, epochs: int, stream: np.random.Generator) -> FitReport:
+        """Train on draws from the class statistics.
+
+        Args:
+            stats: rows with means [M, S, D] and optional variances; without them the means are the rows.
+            condition: every class's prompt embedding [C, V].
+            epochs: passes of `rows_per_class` draws per class.
+            stream: draws, noise and order.
+
+        Raises:
+            ModelError: another embedding shape or condition width than in earlier fits, or a non-finite loss.
+        """
+        shape = (*stats.audio_mean.shape[1:], condition.shape[1])
+        if self._shape is None:
+            self._build(*shape, device=stats.audio_mean.device)
+        if shape != self._shape:
+            raise ModelError(
+                f"incompatible dimensions: the generator was built for [S, D, V] {self._shape}, got {shape}"
+            )
+        self._mean, self._deviation = moments(stats)
+        history = []
+        for _ in range(epochs):
+            labels, drawn = class_draws(stats, self._rows_per_class, stream)
+            x = ((drawn - self._mean) / self._deviation).flatten(1)
+            history.append(self._epoch_of(x, condition, labels, stream))
+            self._epoch += 1
+        return FitReport(tuple(history), self._measure(x, condition[torch.from_numpy(labels)], stream))
+
+    def _epoch_of(
+        self, x: Tensor, condition: Tensor, labels: np.ndarray, stream: np.random.Generator
+    ) -> Mapping[int, Mapping[str, float]]:
+        sums: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        for batch in shuffled_batches(len(x), self._batch_size, stream):
+            v = condition[torch.from_numpy(labels[batch])]
+            noisy = x[batch] + INPUT_NOISE * normal(stream, *x[batch].shape).to(x.device)
+            parts = self._loss_parts(x[batch], noisy, v, stream)
+            loss = torch.stack(list(parts.values())).sum(0).mean()
+            require_finite(loss, "VAE training")
+            self._optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self._network.parameters(), CLIP_NORM, foreach=False)
+            self._optimizer.step()
+            for name, values in parts.items():
+                for label, value in zip(labels[batch], values.tolist(), strict=True):
+                    sums[int(label)][name] += value / self._rows_per_class
+        return {label: {"loss": sum(parts.values()), **parts} for label, parts in sorted(sums.items())}
+
+    def _encode(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        mu, log_variance = self._network["encoder"](torch.cat([x, v], 1)).chunk(2, dim=1)
+        return mu, log_variance.clamp(-10.0, 10.0)
+
+    def _loss_parts(self, x: Tensor, noisy: Tensor, v: Tensor, stream: np.random.Generator) -> dict[str, Tensor]:
+        """Weighted parts of the loss of every row: name -> [n]."""
+        mu, log_variance = self._encode(noisy, v)
+        z = mu + (0.5 * log_variance).exp() * normal(stream, *mu.shape).to(x.device)
+        decoded = self._network["decoder"](torch.cat([z, v], 1))
+        squared = (decoded - x).square().mean(1)
+        kl = 0.5 * (mu.square() + log_variance.exp() - 1 - log_variance).sum(1)
+        segments = self._mean.shape[0]
+        unlike = 1 - functional.cosine_similarity(
+            decoded.view(len(x), segments, -1), x.view(len(x), segments, -1), dim=-1
+        ).mean(1)
+        if not self._calibrated:
+            return {"recon": squared, "kl": self.beta * kl, "sim": 0.1 * unlike}
+        variance = squared.mean().detach().clamp(min=1e-8)
+        # The gradient of 1/2 (MSE_i / s - 1 + ln s) at s = MSE is that of 1/2 ln MSE, row by row.
+        recon = 0.5 * (squared / variance - 1 + variance.log())
+        return {"recon": recon, "kl": self.beta * kl / x.shape[1], "sim": 0.05 * unlike}
+
+    @torch.no_grad()
+    def _measure(self, x: Tensor, v: Tensor, stream: np.random.Generator) -> dict[str, float]:
+        """Residual variance for sampling, and signs of posterior collapse."""
+        mu, log_variance = self._encode(x, v)
+        z = mu + (0.5 * log_variance).exp() * normal(stream, *mu.shape).to(x.device)
+        self._residual = (self._network["decoder"](torch.cat([z, v], 1)) - x).square().mean(0)
+        kl = 0.5 * (mu.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
+        active = int((mu.var(0, unbiased=False) > 0.01).sum())
+        if active == 0:
+            log.warning(
+                "the VAE has collapsed: no latent unit is active (KL %.3g nats); it repeats class means", float(kl)
+            )
+        return {
+            "kl": float(kl),
+            "active_units": float(active),
+            "beta": self.beta,
+            "residual": float(self._residual.mean()),
+        }
+
+    @torch.no_grad()
+    def sample(self, condition: Tensor, n: int, *, stream: np.random.Generator) -> Tensor:
+        """Audio embeddings [n, S, D]; condition [n, V] or [1, V].
+
+        Raises:
+            ModelError: before the first fit, or a condition of another width.
+        """
+        if self._shape is None:
+            raise ModelError(NOT_FITTED)
+        check_width(condition, self._shape[2])
+        v = expand_condition(condition, n)
+        z = normal(stream, n, self._latent_dim).to(v.device)
+        x = self._network["decoder"](torch.cat([z, v], 1))
+        noise = normal(stream, *x.shape).to(v.device)
+        if self._calibrated:
+            x = x + self._residual.sqrt() * noise
+        return self._mean + self._deviation * x.view(n, *self._mean.shape)
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, optimiser, standardisation and the epoch counter; empty before the first fit."""
+        if self._shape is None:
+            return {}
+        return {
+            **{f"network.{name}": tensor.clone() for name, tensor in self._network.state_dict().items()},
+            **{f"optimizer.{name}": tensor for name, tensor in optimizer_state(self._optimizer).items()},
+            "mean": self._mean,
+            "deviation": self._deviation,
+            "residual": self._residual,
+            "shape": torch.tensor(self._shape),
+            "epoch": torch.tensor(self._epoch),
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take a state from `state()`."""
+        if not state:
+            return
+        segments, dim, condition_dim = (int(n) for n in state["shape"])
+        self._build(segments, dim, condition_dim, state["mean"].device)
+        self._network.load_state_dict(part(state, "network"))
+        load_optimizer(self._optimizer, part(state, "optimizer"))
+        self._mean, self._deviation, self._residual = state["mean"], state["deviation"], state["residual"]
+        self._epoch = int(state["epoch"])

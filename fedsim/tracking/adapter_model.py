@@ -1,0 +1,88 @@
+"""Logs the final adapter as an MLflow model that `mlflow.pyfunc.load_model` opens.
+
+`mlflow.pyfunc.log_model` would log to the process's active run; the same steps by `MlflowClient` hit the given run and
+leave no state behind. Requirements are named here, because MLflow's inference of them takes ten seconds and more.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsim.tracking.store import RunHandle, open_client, without_mlflow_warnings
+
+REQUIREMENTS = ("fedsim-a2v", "torch", "safetensors", "numpy")
+
+
+def log_adapter_model(handle: RunHandle, adapter_dir: Path, *, name: str = "adapter", step: int = 0) -> str:
+    """Log the adapter of a run as a pyfunc model with a signature.
+
+    Args:
+        handle: the run.
+        adapter_dir: folder that `fedsim.load_adapter` opens.
+        name: name of the model.
+        step: round the adapter belongs to.
+
+    Returns:
+        Address of the model, `models:/<id>`; `mlflow.pyfunc.load_model` opens it once MLflow's tracking URI is set to
+        `handle.uri`.
+
+    Raises:
+        ModelError: the folder holds no adapter.
+    """
+    from fedsim.models.saved import load_adapter
+
+    adapter = load_adapter(adapter_dir)
+    client = open_client(handle.uri)
+    with without_mlflow_warnings(), tempfile.TemporaryDirectory() as folder:
+        from mlflow.entities import LoggedModelOutput
+        from mlflow.models import Model
+        from mlflow.pyfunc import save_model
+
+        model = client.create_logged_model(handle.experiment_id, name=name, source_run_id=handle.run_id)
+        try:
+            save_model(
+                path=f"{folder}/model",
+                python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+                artifacts={"adapter": str(adapter_dir)},
+                signature=_signature(adapter.input_shape, adapter.heads),
+                input_example=np.zeros((1, *adapter.input_shape), dtype=np.float32),
+                pip_requirements=[_requirement(package) for package in REQUIREMENTS],
+                mlflow_model=Model(
+                    artifact_path=model.artifact_location,
+                    run_id=handle.run_id,
+                    model_uuid=model.model_id,
+                    model_id=model.model_id,
+                ),
+            )
+            client.log_model_artifacts(model.model_id, f"{folder}/model")
+        except Exception:
+            client.finalize_logged_model(model.model_id, "FAILED")
+            raise
+        client.log_outputs(handle.run_id, models=[LoggedModelOutput(model.model_id, step=step)])
+        client.finalize_logged_model(model.model_id, "READY")
+    return f"models:/{model.model_id}"
+
+
+def _signature(input_shape: tuple[int, ...], heads: dict[str, tuple[int, ...]]) -> Any:
+    """[B, S, D] float32 -> head: [B, *shape] float32."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    kind = np.dtype(np.float32)
+    return ModelSignature(
+        inputs=Schema([TensorSpec(kind, (-1, *input_shape))]),
+        outputs=Schema([TensorSpec(kind, (-1, *shape), name=head) for head, shape in heads.items()]),
+    )
+
+
+def _requirement(package: str) -> str:
+    """`package==version` of what is installed, without a local build label such as +cpu."""
+    try:
+        return f"{package}=={version(package).partition('+')[0]}"
+    except PackageNotFoundError:  # fedsim run from its source tree
+        return package

@@ -1,0 +1,30 @@
+"""The tracker of a run without MLflow (`tracking.enabled: false`)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from fedsim.federation.tracker import FinalReport
+from fedsim.types import RoundResult
+
+log = logging.getLogger(__name__)
+
+
+class NullTracker:
+    """Records nothing (a `Tracker`); plots are still drawn into the run directory."""
+
+    def log_round(self, result: RoundResult) -> None:
+        """Do nothing: metrics.jsonl holds the round."""
+
+    def log_report(self, report: FinalReport) -> None:
+        """Write the plots into the run directory."""
+        from fedsim.tracking.plots import write_plots
+
+        try:
+            write_plots(report)
+        except Exception:  # a picture is not worth a finished run
+            log.warning("plots of %s could not be drawn", report.run_dir, exc_info=True)
+
+    def finish(self, status: str, summary: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        """Do nothing: result.json holds the end."""

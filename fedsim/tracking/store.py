@@ -1,0 +1,255 @@
+"""Where runs are recorded: the MLflow store's address, its experiment, and the run itself.
+
+One process opens or reopens the run (`create_run`) and hands the plain `RunHandle` to the process that logs. Only
+`MlflowClient` is used, never MLflow's fluent functions: those keep an active run and a tracking address per process
+and per thread, which are lost on the way into an actor.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedsim.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+PARAMS_PER_BATCH = 100
+METRICS_PER_BATCH = 1000
+KEY_LENGTH = 250
+PARAM_LENGTH = 6000
+TAG_LENGTH = 8000
+
+# MLflow's own patience (7 retries, 120 s each) would hold a round for minutes when a server is away.
+HTTP_LIMITS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+}
+
+
+@dataclass(frozen=True)
+class RunHandle:
+    """The address of one MLflow run: plain strings, so that it can travel into an actor.
+
+    Attributes:
+        uri: the tracking store.
+        experiment_id: id of the experiment there.
+        run_id: id of the run.
+    """
+
+    uri: str
+    experiment_id: str
+    run_id: str
+
+
+def default_uri(output_dir: Path, uri: str | None) -> str:
+    """The tracking store to use: `uri`, else $MLFLOW_TRACKING_URI, else SQLite `mlflow.db` in `output_dir`.
+
+    A relative SQLite path is made absolute, because the process that logs has a working directory of its own.
+
+    Raises:
+        ConfigError: the store is a folder of files, or SQLite in memory.
+    """
+    chosen, source = uri, "tracking.uri"
+    if not chosen:
+        chosen, source = os.environ.get("MLFLOW_TRACKING_URI"), "MLFLOW_TRACKING_URI"
+    if not chosen:
+        return _sqlite_uri(Path(output_dir) / "mlflow.db")
+    if chosen.startswith("sqlite:"):
+        path, mark, options = chosen.removeprefix("sqlite:").removeprefix("///").partition("?")
+        if path in ("", "//", ":memory:"):
+            raise ConfigError(
+                f"{source} {chosen!r} is a SQLite store in memory, which ends with the process; "
+                "use sqlite:///PATH/mlflow.db"
+            )
+        return _sqlite_uri(Path(path)) + mark + options
+    if chosen.startswith("file:") or not (re.match(r"[A-Za-z][\w+.-]+://", chosen) or chosen.startswith("databricks")):
+        raise ConfigError(
+            f"{source} {chosen!r} is a folder of files, which MLflow no longer supports as a store; "
+            "use sqlite:///PATH/mlflow.db or http://HOST:PORT"
+        )
+    return chosen
+
+
+def create_run(
+    uri: str,
+    *,
+    experiment: str,
+    run_name: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    parent_run_id: str | None = None,
+    run_id: str | None = None,
+) -> RunHandle:
+    """Open a run, creating store and experiment where they are missing, or reopen `run_id` for a resume.
+
+    Two processes may do so at once on one SQLite file. A resumed run is RUNNING again; parameters that it already has
+    are kept, because MLflow's parameters can't change, and a difference is a warning.
+
+    Args:
+        uri: the tracking store, see `default_uri`.
+        experiment: name of the MLflow experiment.
+        run_name: name of the run, shown in MLflow's table.
+        params: flat configuration; a value over 6000 characters is cut, with a warning.
+        tags: tags of the run; a value over 8000 characters is cut, with a warning.
+        parent_run_id: run to nest under (the search a trial belongs to).
+        run_id: run to reopen.
+
+    Raises:
+        ConfigError: the store can't be opened, or has no such run.
+    """
+    tags = dict(tags) | ({"mlflow.parentRunId": parent_run_id} if parent_run_id else {})
+    try:
+        with _first_opening(uri), patience():
+            client = open_client(uri)
+            if run_id is None:
+                experiment_id = _experiment_id(client, uri, experiment)
+                run_id = client.create_run(experiment_id, run_name=run_name).info.run_id
+                known: Mapping[str, str] = {}
+            else:
+                run = client.get_run(run_id)
+                client.update_run(run_id, status="RUNNING")
+                experiment_id, known = run.info.experiment_id, run.data.params
+            _log_params(client, run_id, params, known)
+            _log_tags(client, run_id, tags)
+    except ConfigError:
+        raise
+    except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' errors here
+        raise ConfigError(
+            f"the MLflow store {uri} can't be used: {one_line(error)}; check tracking.uri and that its server runs, "
+            "or set tracking.enabled=false (metrics.jsonl is written either way)"
+        ) from error
+    return RunHandle(uri, experiment_id, run_id)
+
+
+def open_client(uri: str) -> Any:
+    """An `MlflowClient` of the store, opened without MLflow's chatter and telemetry."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
+    for name, level in (("alembic", logging.ERROR), ("mlflow.store.db.utils", logging.WARNING)):
+        logging.getLogger(name).setLevel(level)
+    with without_mlflow_warnings():
+        from mlflow import MlflowClient
+
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@contextmanager
+def without_mlflow_warnings() -> Iterator[None]:
+    """Hide what MLflow causes by itself and nobody here can mend: deprecated calls (SQLAlchemy 2.1), its own types."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", message=".*Any type hint is inferred", category=UserWarning)
+        yield
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """Bound how long a request to an absent server may take (about 20 s at most), unless the user's variables do."""
+    added = {name: value for name, value in HTTP_LIMITS.items() if name not in os.environ}
+    retries = logging.getLogger("urllib3.connectionpool")
+    level = retries.level
+    os.environ.update(added)
+    retries.setLevel(logging.ERROR)  # one warning of ours instead of one for every retry
+    try:
+        with without_mlflow_warnings():
+            yield
+    finally:
+        retries.setLevel(level)
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def clean_key(name: str) -> str:
+    """A name that MLflow takes as a metric or parameter: other characters become `_`, at most 250 of them."""
+    return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)[:KEY_LENGTH]
+
+
+def clean_tags(tags: Mapping[str, str]) -> list[Any]:
+    """MLflow's tag records; values over 8000 characters are cut, with a warning."""
+    from mlflow.entities import RunTag
+
+    return [RunTag(clean_key(key), _cut(f"tag {key}", str(value), TAG_LENGTH)) for key, value in tags.items()]
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's message, shortened to 200 characters."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _sqlite_uri(path: Path) -> str:
+    return f"sqlite:///{path.expanduser().absolute()}"
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+
+
+def _first_opening(uri: str) -> Any:
+    """A lock beside a SQLite file, because two first migrations or two new experiments at once disturb each other."""
+    path = _sqlite_path(uri)
+    if path is None:
+        return nullcontext()
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{path}.lock", timeout=180)
+
+
+def _experiment_id(client: Any, uri: str, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        database = _sqlite_path(uri)
+        # Without a location MLflow would put artifacts under the working directory of whoever came first.
+        location = None if database is None else (database.parent / "mlartifacts").absolute().as_uri()
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException as error:
+            found = client.get_experiment_by_name(name)  # another process was faster, on a server
+            if found is None:
+                raise error
+    if found.lifecycle_stage != "active":
+        raise ConfigError(
+            f"MLflow experiment {name!r} is in the store's trash; set another tracking.experiment, or restore it with "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
+        )
+    return str(found.experiment_id)
+
+
+def _log_params(client: Any, run_id: str, params: Mapping[str, Any], known: Mapping[str, str]) -> None:
+    from mlflow.entities import Param
+
+    new, changed = [], []
+    for key, value in params.items():
+        name, text = clean_key(key), _cut(f"parameter {key}", str(value), PARAM_LENGTH)
+        if name not in known:
+            new.append(Param(name, text))
+        elif known[name] != text:
+            changed.append(name)
+    for start in range(0, len(new), PARAMS_PER_BATCH):
+        client.log_batch(run_id, params=new[start : start + PARAMS_PER_BATCH])
+    if changed:
+        log.warning("MLflow run %s keeps its first values of %s (parameters can't change)", run_id, ", ".join(changed))
+
+
+def _log_tags(client: Any, run_id: str, tags: Mapping[str, str]) -> None:
+    records = clean_tags(tags)
+    for start in range(0, len(records), PARAMS_PER_BATCH):
+        client.log_batch(run_id, tags=records[start : start + PARAMS_PER_BATCH])
+
+
+def _cut(what: str, text: str, length: int) -> str:
+    if len(text) <= length:
+        return text
+    log.warning("%s has %d characters; MLflow gets the first %d", what, len(text), length)
+    return text[: length - 3] + "..."

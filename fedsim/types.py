@@ -1,0 +1,186 @@
+"""The records that travel between the parts of fedsim: frozen, plain, and made of arrays and numbers.
+
+Legend for shapes: K clients of a block, M (client, class) pairs, C classes, S segments, D audio embedding width,
+N rows of the embedding store; `*shape_m` is the output shape of head m, e.g. (768,) or (17, 4096).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+AdapterState = dict[str, Tensor]
+"""The trainable tensors by name, without a client axis. Names under "encoder." belong to the audio encoder."""
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What every client needs in one round; put in the object store once.
+
+    Attributes:
+        round_number: from 1.
+        seed: the experiment's seed; a client's stream is rng(seed, "client", round_number, client_id).
+        adapter: the global trainable tensors.
+        evaluate_personal: clients that keep their own adapters also score them on the held-out recordings.
+    """
+
+    round_number: int
+    seed: int
+    adapter: AdapterState
+    evaluate_personal: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive clients of the ordered cohort: the unit of scheduling, retry, vectorisation and summation.
+
+    Attributes:
+        index: position of the block in the cohort's summation tree (block i holds cohort positions
+            i * block_size ... (i + 1) * block_size - 1).
+        client_ids: the clients, in cohort order.
+        personal: client id -> that client's own trainable tensors, where the aggregator keeps them (`none`).
+    """
+
+    index: int
+    client_ids: tuple[int, ...]
+    personal: Mapping[int, AdapterState] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClassStats:
+    """Class statistics of many (client, class) pairs as one table; a row never describes a single recording's outputs
+    unless `privacy.min_count` is 1.
+
+    Attributes:
+        client: client ids [M].
+        label: class numbers [M].
+        count: recordings behind the row [M], each at least `privacy.min_count`.
+        audio_mean: mean audio embedding [M, S, D].
+        audio_var: diagonal (biased) variance of the audio embeddings [M, S, D], or None where clients don't send it.
+        output_mean: head -> mean adapter output [M, *shape_m].
+    """
+
+    client: np.ndarray
+    label: np.ndarray
+    count: np.ndarray
+    audio_mean: Tensor
+    audio_var: Tensor | None
+    output_mean: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.client)
+
+    def take(self, rows: np.ndarray) -> ClassStats:
+        """The table restricted to the given row numbers, in the given order."""
+        index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
+        return ClassStats(
+            client=self.client[rows],
+            label=self.label[rows],
+            count=self.count[rows],
+            audio_mean=self.audio_mean[index],
+            audio_var=None if self.audio_var is None else self.audio_var[index],
+            output_mean={head: mean[index] for head, mean in self.output_mean.items()},
+        )
+
+
+def concatenate_stats(tables: list[ClassStats]) -> ClassStats:
+    """One table from several, sorted by (client, class) so that arrival order leaves no trace.
+
+    Raises:
+        ValueError: `tables` is empty.
+    """
+    if not tables:
+        raise ValueError("no tables of class statistics to concatenate")
+    variances = [table.audio_var for table in tables if table.audio_var is not None]
+    joined = ClassStats(
+        client=np.concatenate([table.client for table in tables]),
+        label=np.concatenate([table.label for table in tables]),
+        count=np.concatenate([table.count for table in tables]),
+        audio_mean=torch.cat([table.audio_mean for table in tables]),
+        audio_var=torch.cat(variances) if len(variances) == len(tables) else None,
+        output_mean={head: torch.cat([table.output_mean[head] for table in tables]) for head in tables[0].output_mean},
+    )
+    return joined.take(np.lexsort((joined.label, joined.client)))
+
+
+@dataclass(frozen=True)
+class ClientMetrics:
+    """Numbers per client of a block, arrays of length K.
+
+    Attributes:
+        client: client ids.
+        num_examples: recordings the client trained on.
+        train_loss: mean loss over the last local epoch's batches.
+        loss_before, loss_after: loss over the client's own recordings before and after local training.
+        accuracy_before, accuracy_after: nearest-class-text accuracy there, 0 to 1.
+        held_out_accuracy: accuracy of the client's own adapter on the held-out recordings (only with
+            `adapter_aggregation_mode: none` in evaluated rounds), else NaN.
+    """
+
+    client: np.ndarray
+    num_examples: np.ndarray
+    train_loss: np.ndarray
+    loss_before: np.ndarray
+    loss_after: np.ndarray
+    accuracy_before: np.ndarray
+    accuracy_after: np.ndarray
+    held_out_accuracy: np.ndarray
+
+
+@dataclass(frozen=True)
+class BlockUpdate:
+    """What comes back from one block.
+
+    Attributes:
+        index: the block's position.
+        delta_sum: sum over the block's clients, along the fixed tree, of weight * (local - global), by tensor name;
+            None when the aggregator keeps clients apart.
+        weight_sum: sum of the weights (float64).
+        stats: class statistics of the block's clients.
+        metrics: numbers per client.
+        personal: client id -> its trained tensors, only when the aggregator keeps clients apart.
+        seconds: wall time of the block's training.
+    """
+
+    index: int
+    delta_sum: AdapterState | None
+    weight_sum: float
+    stats: ClassStats
+    metrics: ClientMetrics
+    personal: Mapping[int, AdapterState]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LostClient:
+    """A client of the cohort from which no update came."""
+
+    client: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """Numbers and ids of one round; the only thing the driver sees.
+
+    Attributes:
+        round_number: from 1.
+        cohort_size: clients sampled.
+        lost: clients without an update, with reasons.
+        metrics: scalars by name, e.g. "eval/top1" (0 to 1), "train/loss".
+        seconds: wall seconds by phase.
+        bytes_up, bytes_down: bytes that the cohort's clients would send (delta and class statistics of each) and
+            receive (the adapter), without transport overhead.
+    """
+
+    round_number: int
+    cohort_size: int
+    lost: tuple[LostClient, ...]
+    metrics: Mapping[str, float]
+    seconds: Mapping[str, float]
+    bytes_up: int
+    bytes_down: int
