@@ -207,7 +207,7 @@ class FedA2V(Section):
         0.5, "refinement target: share of the public text target, the rest is the clients' mean output", ge=0, le=1
     )
     refine_learning_rate: float | None = key(
-        None, "learning rate of the refinement (default: training.learning_rate)", gt=0
+        None, "learning rate of the refinement (default: 0.5 x training.learning_rate)", gt=0
     )
     refine_batch_size: int = key(32, "rows of a refinement step", "rows", ge=1)
 

@@ -40,7 +40,9 @@ def open_synthetic(*, clips_per_class: int, seed: int) -> Recordings:
     label = np.repeat(np.arange(len(classes)), clips_per_class)
     index = np.tile(np.arange(clips_per_class), len(classes))
     group = index // per_group
-    author = rng(seed, "synthetic author").integers(0, _AUTHORS, (len(classes), int(group.max()) + 1))[label, group]
+    num_groups = int(group.max()) + 1
+    authors = [rng(seed, "synthetic author", name).integers(0, _AUTHORS, num_groups) for name in classes]
+    author = np.stack(authors)[label, group]
     rows = zip(label.tolist(), group.tolist(), index.tolist(), author.tolist(), strict=True)
     clips = tuple((classes[number], *where) for number, *where in rows)
     return Recordings(

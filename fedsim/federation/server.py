@@ -223,7 +223,7 @@ class Server:
         settings = self.config.feda2v
         return Refinement(
             epochs=settings.global_model_train_epochs,
-            learning_rate=settings.refine_learning_rate or self.config.training.learning_rate,
+            learning_rate=settings.refine_learning_rate or 0.5 * self.config.training.learning_rate,
             batch_size=settings.refine_batch_size,
             synthetic_weight=settings.synthetic_weight,
             text_anchor=settings.text_anchor if settings.global_model_train_from_nodes_adapters else 1.0,

@@ -32,7 +32,7 @@ from fedsim.errors import ConfigError, DataError
 from fedsim.models.adapters import Adapter, HeadSpec, make_adapter
 from fedsim.models.encoders import make_audio_encoder
 from fedsim.models.encoders.ast import AstEncoder
-from fedsim.models.encoders.precomputed import load_precomputed
+from fedsim.models.encoders.precomputed import load_precomputed, precomputed_fingerprint
 from fedsim.models.encoders.text import make_text_targets
 from fedsim.seeding import rng
 from fedsim.types import AdapterState
@@ -224,8 +224,13 @@ def _embed(
             raise ConfigError("model.audio_encoder.path is needed: the file that holds the ready-made embeddings")
         rows = load_precomputed(wanted.path, num_rows=len(everything.label), segments=wanted.segments, dim=wanted.dim)
         position = {name: row for row, name in enumerate(everything.names)}
-        mine = rows[[position[name] for name in recordings.names]]
-        return write_store(mine, cache_dir=cache_dir(config), names=recordings.names), f"precomputed ({wanted.path})"
+        store = write_store(
+            cache_dir=cache_dir(config),
+            fingerprint=precomputed_fingerprint(wanted.path, segments=wanted.segments, dim=wanted.dim),
+            hashes=recordings.names,
+            rows=rows[[position[name] for name in recordings.names]],
+        )
+        return store, f"precomputed ({wanted.path})"
     encoder = make_audio_encoder(
         wanted.name, path=wanted.path, revision=wanted.revision, segments=wanted.segments, dim=wanted.dim
     )

@@ -110,10 +110,12 @@ def load_adapter(path: str | Path) -> SavedAdapter:
             for head, spec in config["heads"].items()
         }
         input_shape = (int(config["input_shape"][0]), int(config["input_shape"][1]))
-        adapter = make_adapter(input_shape, specs, centre=centre, scale=config["scale"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        scale = {head: float(config["scale"][head]) for head in specs}
+        adapter = make_adapter(input_shape, specs, centre=centre, scale=scale)
+        expected = config["digest"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{folder} is not a readable adapter folder ({type(error).__name__}: {error})") from error
-    if config["digest"] != digest(state):
+    if expected != digest(state):
         raise ModelError(f"{folder}/adapter.safetensors doesn't match the digest in config.json: the file is damaged")
     return SavedAdapter(adapter, state, config)
 

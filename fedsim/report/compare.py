@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Group
 from rich.table import Table
 
 from fedsim.errors import CheckpointError, DataError
@@ -85,8 +86,8 @@ def compare_runs(run_dirs: Sequence[Path]) -> Comparison:
     )
 
 
-def render(comparison: Comparison) -> list[Table]:
-    """Tables for a terminal: final metrics, then the configuration keys that differ (only if any do)."""
+def render(comparison: Comparison) -> Group:
+    """Tables for `Console.print`: final metrics, then the configuration keys that differ (only if any do)."""
     runs = comparison.runs
     final = _table("final metrics", runs)
     final.add_row("rounds", *(str(run.rounds) for run in runs))
@@ -95,11 +96,11 @@ def render(comparison: Comparison) -> list[Table]:
         final.add_row(name, *(_number(run.metrics.get(name)) for run in runs))
     final.add_row("digest", *(run.digest[:12] for run in runs))
     if not comparison.differing:
-        return [final]
+        return Group(final)
     config = _table("configuration keys that differ", runs)
     for key in comparison.differing:
         config.add_row(key, *(_text(run.config[key]) if key in run.config else "-" for run in runs))
-    return [final, config]
+    return Group(final, config)
 
 
 def to_rows(comparison: Comparison) -> list[dict[str, Any]]:
@@ -119,27 +120,23 @@ def to_rows(comparison: Comparison) -> list[dict[str, Any]]:
     ]
 
 
-def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write rows as .csv or .json, by the name's ending, atomically.
+def write_csv(comparison: Comparison, path: Path) -> None:
+    """Write the rows of `to_rows` as CSV, atomically; what a run doesn't have is an empty cell.
 
     Raises:
-        DataError: another ending, or no rows.
+        DataError: the file can't be written.
     """
-    path = Path(path)
-    if path.suffix not in (".csv", ".json"):
-        raise DataError(f"can't tell the format of {path}: its name must end in .csv or .json")
-    if not rows:
-        raise DataError(f"no rows to write to {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        if path.suffix == ".json":
-            json.dump(list(rows), file, indent=2)
-        else:
+    rows, path = to_rows(comparison), Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-    os.replace(partial, path)
+        os.replace(partial, path)
+    except OSError as error:
+        raise DataError(f"can't write {path}: {error.strerror or error}; choose another file for --csv") from error
 
 
 def _read_run(path: Path, *, name: str) -> RunSummary:

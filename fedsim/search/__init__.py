@@ -1,0 +1,3 @@
+"""Hyper-parameter search: Ray Tune runs trials, Optuna proposes them, ASHA stops the poor ones early."""
+
+from __future__ import annotations

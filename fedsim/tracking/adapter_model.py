@@ -1,7 +1,8 @@
 """Logs the final adapter as an MLflow model that `mlflow.pyfunc.load_model` opens.
 
 `mlflow.pyfunc.log_model` would log to the process's active run; the same steps by `MlflowClient` hit the given run and
-leave no state behind. Requirements are named here, because MLflow's inference of them takes ten seconds and more.
+leave no state behind. Requirements are named here and the signature is the adapter's own: MLflow would find out both by
+loading the model and predicting, which takes ten seconds and more.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from fedsim.tracking.store import RunHandle, open_client, without_mlflow_warnings
+from fedsim.tracking.store import RunHandle, open_client, patience
 
 REQUIREMENTS = ("fedsim-a2v", "torch", "safetensors", "numpy")
 
@@ -38,7 +37,7 @@ def log_adapter_model(handle: RunHandle, adapter_dir: Path, *, name: str = "adap
 
     adapter = load_adapter(adapter_dir)
     client = open_client(handle.uri)
-    with without_mlflow_warnings(), tempfile.TemporaryDirectory() as folder:
+    with patience(), tempfile.TemporaryDirectory() as folder:
         from mlflow.entities import LoggedModelOutput
         from mlflow.models import Model
         from mlflow.pyfunc import save_model
@@ -50,7 +49,6 @@ def log_adapter_model(handle: RunHandle, adapter_dir: Path, *, name: str = "adap
                 python_model=str(Path(__file__).with_name("pyfunc_model.py")),
                 artifacts={"adapter": str(adapter_dir)},
                 signature=_signature(adapter.input_shape, adapter.heads),
-                input_example=np.zeros((1, *adapter.input_shape), dtype=np.float32),
                 pip_requirements=[_requirement(package) for package in REQUIREMENTS],
                 mlflow_model=Model(
                     artifact_path=model.artifact_location,
@@ -70,6 +68,7 @@ def log_adapter_model(handle: RunHandle, adapter_dir: Path, *, name: str = "adap
 
 def _signature(input_shape: tuple[int, ...], heads: dict[str, tuple[int, ...]]) -> Any:
     """[B, S, D] float32 -> head: [B, *shape] float32."""
+    import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 

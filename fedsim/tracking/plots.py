@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -238,7 +238,7 @@ def _slanted(num_labels: int) -> dict[str, Any]:
     return {"rotation": 45 if num_labels <= 20 else 90, "ha": "right", "va": "center", "rotation_mode": "anchor"}
 
 
-def _figure(width: float, height: float, *, layout: str = "constrained") -> Any:
+def _figure(width: float, height: float, *, layout: Literal["constrained", "compressed"] = "constrained") -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout=layout)

@@ -37,15 +37,15 @@ class ProgressDisplay:
         self._progress = Progress(
             TextColumn("{task.description}", style="bold"),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
+            TextColumn("{task.fields[count]}"),
             TextColumn("{task.fields[detail]}"),
             console=self.console,
             refresh_per_second=5,
             transient=True,
             disable=not self.live,
         )
-        self._rounds = self._progress.add_task("rounds", total=total_rounds, unit="", detail="")
-        self._clients = self._progress.add_task("starting", total=None, visible=False, unit="clients", detail="")
+        self._rounds = self._progress.add_task("rounds", total=total_rounds, count="", detail="")
+        self._clients = self._progress.add_task("starting", total=None, visible=False, count="", detail="")
         self._handlers: tuple[list[logging.Handler], list[logging.Handler]] = ([], [])
         self._started = time.monotonic()
         self._finished = 0
@@ -73,13 +73,14 @@ class ProgressDisplay:
         """
         done, total, rate = (status.get(name) for name in ("clients_done", "clients_total", "clients_per_second"))
         if status.get("round"):
-            self._progress.update(self._rounds, completed=min(status["round"] - 1, self.total_rounds))
+            self._show_rounds(status["round"] - 1)
         self._progress.update(
             self._clients,
             description=str(status.get("phase") or "waiting").ljust(8),
             completed=done or 0,
-            total=total or 0,
+            total=total or 1,
             visible=True,
+            count=f"{done or 0}/{total} clients" if total else "",
             detail=f"{rate:.3g} clients/s" if rate and math.isfinite(rate) else "",
         )
 
@@ -88,13 +89,17 @@ class ProgressDisplay:
         self._finished += 1
         left_s = (time.monotonic() - self._started) / self._finished * max(self.total_rounds - result.round_number, 0)
         detail = [part for part in (_accuracy(result), f"left {_clock(left_s)}") if part]
-        self._progress.update(self._rounds, completed=result.round_number, detail="  ".join(detail))
+        self._show_rounds(result.round_number)
+        self._progress.update(self._rounds, detail="  ".join(detail))
         self.console.print(
             round_line(result, total_rounds=self.total_rounds, left_s=left_s),
             markup=False,
             highlight=False,
             soft_wrap=True,
         )
+
+    def _show_rounds(self, done: int) -> None:
+        self._progress.update(self._rounds, completed=done, count=f"{done}/{self.total_rounds}")
 
     def _redirect_logging(self) -> None:
         """Handlers that write to the terminal would tear the live part; one of rich's takes their place."""
@@ -106,11 +111,12 @@ class ProgressDisplay:
         ]
         for handler in removed:
             root.removeHandler(handler)
-        added: list[logging.Handler] = [RichHandler(console=self.console, show_path=False, markup=False)]
-        levels = [handler.level for handler in removed]
-        added[0].setLevel(min(levels, default=logging.NOTSET))
-        root.addHandler(added[0])
-        self._handlers = (removed, added)
+        if not removed:
+            return  # prints, and Python's handler of last resort, already go above the live part
+        added = RichHandler(console=self.console, show_path=False, markup=False)
+        added.setLevel(min(handler.level for handler in removed))
+        root.addHandler(added)
+        self._handlers = (removed, [added])
 
     def _restore_logging(self) -> None:
         removed, added = self._handlers

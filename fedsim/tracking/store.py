@@ -28,11 +28,15 @@ PARAM_LENGTH = 6000
 TAG_LENGTH = 8000
 
 # MLflow's own patience (7 retries, 120 s each) would hold a round for minutes when a server is away.
-HTTP_LIMITS = {
+CALL_SETTINGS = {
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
+
+# One warns at every retry, where ours comes once; the other where fedsim runs from its source tree, not installed.
+NOISY_LOGGERS = ("urllib3.connectionpool", "mlflow.utils.requirements_utils")
 
 
 @dataclass(frozen=True)
@@ -143,26 +147,31 @@ def open_client(uri: str) -> Any:
 
 @contextmanager
 def without_mlflow_warnings() -> Iterator[None]:
-    """Hide what MLflow causes by itself and nobody here can mend: deprecated calls (SQLAlchemy 2.1), its own types."""
+    """Hide what a user can't mend: MLflow's deprecated calls of its libraries, its own types, its wish for an example.
+
+    The example of a model's input would only serve to find out the signature, which fedsim gives.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.filterwarnings("ignore", message=".*Any type hint is inferred", category=UserWarning)
+        for message in (".*Any type hint is inferred", ".*An input example was not provided"):
+            warnings.filterwarnings("ignore", message=message, category=UserWarning)
         yield
 
 
 @contextmanager
 def patience() -> Iterator[None]:
-    """Bound how long a request to an absent server may take (about 20 s at most), unless the user's variables do."""
-    added = {name: value for name, value in HTTP_LIMITS.items() if name not in os.environ}
-    retries = logging.getLogger("urllib3.connectionpool")
-    level = retries.level
+    """Around calls of MLflow: bound how long an absent server may take (about 20 s), unless the user's variables do."""
+    added = {name: value for name, value in CALL_SETTINGS.items() if name not in os.environ}
+    levels = {name: logging.getLogger(name).level for name in NOISY_LOGGERS}
     os.environ.update(added)
-    retries.setLevel(logging.ERROR)  # one warning of ours instead of one for every retry
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with without_mlflow_warnings():
             yield
     finally:
-        retries.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
         for name in added:
             os.environ.pop(name, None)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedsim.errors import ConfigError
-from fedsim.tracking.store import HTTP_LIMITS, create_run, default_uri, open_client, patience
+from fedsim.tracking.store import CALL_SETTINGS, create_run, default_uri, open_client, patience
 
 
 def test_an_explicit_store_beats_the_environment_which_beats_the_default(
@@ -42,7 +42,7 @@ def test_a_folder_of_files_is_refused_in_one_line(tmp_path: Path, uri: str) -> N
 @pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///:memory:"])
 def test_a_store_in_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI .* in memory"):
+    with pytest.raises(ConfigError, match=r"MLFLOW_TRACKING_URI .* in memory"):
         default_uri(tmp_path, None)
 
 
@@ -94,7 +94,7 @@ def test_a_resumed_run_is_running_again_and_keeps_its_params(store: str, caplog:
 
 
 def test_an_unknown_run_and_a_trashed_experiment_are_one_line_errors(store: str) -> None:
-    with pytest.raises(ConfigError, match="0123abcd.*tracking.enabled=false") as caught:
+    with pytest.raises(ConfigError, match=r"0123abcd.*tracking\.enabled=false") as caught:
         create_run(store, experiment="e", run_name="r", params={}, tags={}, run_id="0123abcd")
     assert "\n" not in str(caught.value)
     handle = create_run(store, experiment="e", run_name="r", params={}, tags={})
@@ -110,12 +110,12 @@ def test_an_absent_server_is_an_error_before_training_starts() -> None:
 
 
 def test_http_limits_hold_only_for_our_calls_and_never_beat_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in HTTP_LIMITS:
+    for name in CALL_SETTINGS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
     with patience():
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
-        assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == HTTP_LIMITS["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]
+        assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == CALL_SETTINGS["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 

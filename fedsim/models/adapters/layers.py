@@ -115,7 +115,7 @@ def attention_pool(params: Params, name: str, x: Tensor, *, num_heads: int) -> T
         for part in linear(params, f"{name}.kv", x).chunk(2, dim=-1)
     )
     scores = torch.matmul(query, key.transpose(-1, -2)) / math.sqrt(size)
-    attended = torch.matmul(scores.softmax(-1), value).transpose(2, 3).reshape(clients, batch, -1, dim)
+    attended = torch.matmul(scores.softmax(-1), value).transpose(2, 3).reshape(clients, batch, latents.shape[1], dim)
     hidden = latents.unsqueeze(1) + linear(params, f"{name}.out", attended)
     hidden = rms_norm(params, f"{name}.attention_norm", hidden)
     gate, up = linear(params, f"{name}.up", hidden).chunk(2, dim=-1)

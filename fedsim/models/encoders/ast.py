@@ -102,7 +102,10 @@ class AstEncoder:
         return np.asarray(values, dtype=np.float32), np.clip(valid, 1, self._patches[1]).astype(np.int64)
 
     def forward(self, params: Mapping[str, Tensor] | None, features: Tensor, lengths: Tensor) -> Tensor:
-        """Audio embeddings, differentiable with respect to `params`; may be vmapped over clients.
+        """Audio embeddings, differentiable with respect to `params`.
+
+        May be vmapped over clients inside `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`; torch's fused attention
+        kernels have no batching rule (and take far less memory otherwise).
 
         Args:
             params: tensors used instead of the model's own, by name (see `trainable_state`); None: the frozen model.
@@ -174,7 +177,7 @@ def load_ast(path: str | None, *, revision: str | None, segments: int, dim: int,
 
 
 def make_tiny_ast(*, segments: int, dim: int, device: str = "cpu") -> AstEncoder:
-    """A small AST (about 27,000 parameters, 5.12 s of audio) with fixed random weights: for tests and dry runs.
+    """A small AST (28,704 parameters, 5.12 s of audio) with fixed random weights: for tests and dry runs.
 
     The weights don't depend on the global random state and leave it as it was.
     """

@@ -55,10 +55,11 @@ def guarded(load: Callable[[], Loaded], *, checkpoint: str, revision: str | None
         ModelError: files are missing, unreachable, not safetensors, or of another kind.
     """
     from huggingface_hub import constants
+    from safetensors import SafetensorError
 
     try:
         return load()
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise ModelError(
             f"can't load the {what} of {_named(checkpoint, revision)} (HF_HOME {constants.HF_HOME}): {reason} … ; "

@@ -2,8 +2,9 @@
 
 Per segment of the recording's sounding part (trailing digital silence is trimmed) and per mel band: mean, standard
 deviation, mean absolute difference of neighbouring frames, and maximum over time; 4 x 64 = 256 values. Log-mel values
-are counted from silence and divided by 4, so silence is 0 and loud sound about 2; nothing else is standardised, so
-loudness is kept.
+are counted from silence and divided by 4, so silence is 0 and loud sound about 2. Each kind of statistic is then brought
+to about zero mean and unit deviation by fixed constants (as AST's front end does with its two), so that no kind drowns
+the others; loudness is kept.
 
 Legend for shapes: n recordings, T frames, S segments, D width of the audio embedding.
 """
@@ -22,6 +23,9 @@ from fedsim.models.encoders.pooling import pooling_fingerprint, projection, segm
 
 STATISTICS_DIM = 4 * NUM_MEL_BINS
 SCALE = 4.0
+CENTRES = (1.4, 0.3, 0.1, 2.2)
+DEVIATIONS = (0.5, 0.2, 0.03, 0.33)
+"""Mean and deviation of mean, deviation, difference and maximum over environmental recordings, rounded."""
 
 
 class LogmelEncoder:
@@ -38,8 +42,9 @@ class LogmelEncoder:
         self._filters = mel_filters()
         self._projection = projection(STATISTICS_DIM, dim)
         self.shape = (segments, dim)
-        self.fingerprint = f"logmel1 silence={SILENCE:.4f} scale={SCALE} " + pooling_fingerprint(
-            segments, STATISTICS_DIM, dim
+        self.fingerprint = (
+            f"logmel2 silence={SILENCE:.4f} scale={SCALE} centres={CENTRES} deviations={DEVIATIONS} "
+            + pooling_fingerprint(segments, STATISTICS_DIM, dim)
         )
         self.description = f"log-mel statistics (no weights), {segments} segments, {STATISTICS_DIM} -> {dim}"
 
@@ -62,5 +67,7 @@ class LogmelEncoder:
         for weight in weights:
             part = frames[weight > 0]
             steps = part.diff(dim=0).abs() if len(part) > 1 else torch.zeros_like(part)
-            rows.append(torch.cat([part.mean(0), part.std(0, correction=0), steps.mean(0), part.amax(0)]))
+            kinds = (part.mean(0), part.std(0, correction=0), steps.mean(0), part.amax(0))
+            scaled = [(kind - c) / d for kind, c, d in zip(kinds, CENTRES, DEVIATIONS, strict=True)]
+            rows.append(torch.cat(scaled))
         return torch.stack(rows)

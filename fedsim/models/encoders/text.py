@@ -124,11 +124,12 @@ def _check_distinct(target: Tensor, class_names: Sequence[str], *, head: str, so
     """No number is missing and no two classes share a target: accuracy would be undefined."""
     if not torch.isfinite(target).all():
         raise ModelError(f"targets of head {head} ({source}) hold values that aren't finite")
-    seen: dict[bytes, str] = {}
-    for row, class_name in zip(target, class_names, strict=True):
-        other = seen.setdefault(row.numpy().tobytes(), class_name)
-        if other is not class_name:
+    seen: dict[bytes, int] = {}
+    for number, row in enumerate(target):
+        other = seen.setdefault(row.numpy().tobytes(), number)
+        if other != number:
+            pair = f"{class_names[other]!r} and {class_names[number]!r}"
             raise ModelError(
-                f"classes {other!r} and {class_name!r} have the same target for head {head} ({source}); "
+                f"classes {pair} have the same target for head {head} ({source}); "
                 "give them names that differ, or a shorter model.text_encoder.template"
             )

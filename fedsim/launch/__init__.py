@@ -1,0 +1,3 @@
+"""From a prepared setup to a running experiment: Ray, server, tracking run and run directory put together."""
+
+from __future__ import annotations

@@ -1,0 +1,128 @@
+"""One experiment, opened and closed: in this process or in a server actor, with its MLflow run and its run directory.
+
+The command line runs one experiment this way, a search one per trial.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedsim.federation.checkpoint import ServerState
+from fedsim.federation.experiment import Experiment, ExperimentHandle, RunFiles
+from fedsim.federation.pool import InProcessPool
+from fedsim.federation.server import Server
+from fedsim.federation.setup import Setup, choose_device
+from fedsim.federation.tracker import Tracker
+from fedsim.launch.record import open_record
+from fedsim.tracking.mlflow_tracker import MlflowTracker
+from fedsim.tracking.null_tracker import NullTracker
+from fedsim.tracking.store import RunHandle
+
+
+class StoppedEarly(Exception):
+    """Raised inside `open_experiment` when a scheduler ends a trial before its last round: finished, not broken."""
+
+
+@contextmanager
+def open_experiment(
+    setup: Setup,
+    run_dir: Path,
+    *,
+    status: Callable[[Mapping[str, Any]], None],
+    state: ServerState | None = None,
+    mlflow_run_id: str | None = None,
+    parent: RunHandle | None = None,
+) -> Iterator[ExperimentHandle]:
+    """An experiment in this process (`resources.client_actors: 0`) or in a server actor; closed in any case.
+
+    A Ray that is already connected (a Tune trial, a job) is used, else one is started for the experiment.
+
+    Args:
+        setup: what `prepare` made.
+        run_dir: the run directory; its folder is where a default MLflow store lies.
+        status: told of phase and clients while a round runs.
+        state: where to go on from.
+        mlflow_run_id: MLflow run to reopen.
+        parent: the search's MLflow run, of which this run is a trial.
+
+    Raises:
+        ConfigError: the MLflow store can't be used.
+        ResourceError: the actors don't fit, or no Ray answers.
+    """
+    config = setup.config
+    if config.resources.client_actors == 0:
+        tracker, files = _record(setup, run_dir, mlflow_run_id, parent)
+        device = choose_device(max(config.resources.server_gpus, config.resources.client_gpus))
+        server = Server(setup, InProcessPool(setup, device), device=device, state=state, status=status)
+        with _closing(Experiment(server, files, tracker), tracker) as experiment:
+            yield experiment
+        return
+    from fedsim.cluster.handle import RemoteExperiment, demand_of, stop_ray
+    from fedsim.cluster.resources import check_fits, start_ray
+
+    resources = config.resources
+    started = start_ray(address=resources.address, num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
+    try:
+        if started:
+            check_fits(demand_of(setup))
+        tracker, files = _record(setup, run_dir, mlflow_run_id, parent)
+        with _closing(RemoteExperiment(setup, files, tracker, state=state, status=status), tracker) as experiment:
+            yield experiment
+    finally:
+        if started:
+            stop_ray()
+
+
+@contextmanager
+def _closing(experiment: ExperimentHandle, tracker: Tracker) -> Iterator[ExperimentHandle]:
+    """Close the experiment; a run that ends too soon is marked FAILED, or KILLED when it was interrupted."""
+    try:
+        yield experiment
+    except StoppedEarly:
+        tracker.finish("FINISHED", {}, {"fedsim.stopped_early": "true"})
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        tracker.finish("KILLED", {}, {})
+        raise
+    except BaseException:
+        tracker.finish("FAILED", {}, {})
+        raise
+    finally:
+        experiment.close()
+
+
+def _record(
+    setup: Setup, run_dir: Path, mlflow_run_id: str | None, parent: RunHandle | None
+) -> tuple[Tracker, RunFiles]:
+    """The tracker of a run, and its files."""
+    handle = open_record(setup, run_dir, kind="trial" if parent else "run", run_id=mlflow_run_id, parent=parent)
+    files = RunFiles(
+        run_dir=run_dir,
+        mlflow_run_id=handle.run_id if handle else None,
+        mlflow_uri=handle.uri if handle else None,
+        checkpoint_every=setup.config.experiment.checkpoint_every,
+        last_round=setup.config.federation.global_rounds,
+    )
+    return MlflowTracker(handle) if handle else NullTracker(), files
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM ends a run like Ctrl-C does: cleanly, and marked KILLED."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread, where signals aren't ours
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,404 @@
+"""Generators against a known mixture, resume to the bit, the VAE's losses by hand, and messages."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from fedsim.errors import ModelError
+from fedsim.models.generators import KINDS, FitReport, GeneratorSpec, make_generator
+from fedsim.models.generators.rows import class_draws, moments
+from fedsim.models.generators.vae import Vae
+from fedsim.seeding import normal, rng
+from fedsim.types import ClassStats
+
+C, S, D, V = 3, 2, 4, 5
+LEARNT = ("vae", "gan")
+MEANS = 2.0 * torch.randn(C, S, D, generator=torch.Generator().manual_seed(0)) + 5.0
+VARIANCES = 0.2 + torch.rand(C, S, D, generator=torch.Generator().manual_seed(1))
+CONDITION = torch.randn(C, V, generator=torch.Generator().manual_seed(2))
+SPEC = GeneratorSpec(
+    seed=3, hidden_dim=32, latent_dim=6, learning_rate=3e-3, batch_size=32, rows_per_class=64, total_epochs=40
+)
+
+
+def federation(num_clients: int = 12, *, seed: int = 0, share_variances: bool = True) -> ClassStats:
+    """Class statistics of clients that hold 2 to 20 recordings of every class of the mixture."""
+    stream = np.random.default_rng(seed)
+    columns = []
+    for client in range(num_clients):
+        for label in range(C):
+            n = int(stream.integers(2, 20))
+            rows = MEANS[label] + VARIANCES[label].sqrt() * normal(stream, n, S, D)
+            columns.append((client, label, n, rows.mean(0), rows.var(0, unbiased=False)))
+    client, label, count, mean, variance = zip(*columns, strict=True)
+    return ClassStats(
+        np.array(client),
+        np.array(label),
+        np.array(count),
+        torch.stack(mean),
+        torch.stack(variance) if share_variances else None,
+        {},
+    )
+
+
+def fitted(kind: str, *, epochs: int = 40, spec: GeneratorSpec = SPEC, stats: ClassStats | None = None):
+    generator = make_generator(kind, spec)
+    generator.fit(stats or federation(), CONDITION, epochs=epochs, stream=rng(0, "test"))
+    return generator
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Every kind, fitted once; a GAN circles around its goal with larger steps."""
+    slower = GeneratorSpec(**{**SPEC.__dict__, "learning_rate": 1e-3})
+    return {kind: fitted(kind, spec=slower if kind == "gan" else SPEC) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "conditions"), [(1, 1), (5, 1), (5, 5)])
+def test_samples_have_the_shape_asked_for(trained, kind, n, conditions):
+    x = trained[kind].sample(CONDITION[[0, 1, 2, 1, 0][:conditions]], n, stream=rng(0, "x"))
+    assert x.shape == (n, S, D)
+    assert x.dtype == torch.float32
+    assert torch.isfinite(x).all()
+    assert not x.requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_condition_for_all_equals_that_condition_repeated(trained, kind):
+    one = trained[kind].sample(CONDITION[1:2], 6, stream=rng(0, "x"))
+    many = trained[kind].sample(CONDITION[[1] * 6], 6, stream=rng(0, "x"))
+    assert torch.equal(one, many)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_conditions_give_other_rows(trained, kind):
+    samples = [trained[kind].sample(CONDITION[label : label + 1], 8, stream=rng(0, "x")) for label in range(C)]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.isclose(samples[one], samples[other]).all(dim=(1, 2)).any()
+        # Not noise alone: the distance is about that of the class means.
+        assert (samples[one] - samples[other]).mean(0).norm() > 0.5 * (MEANS[one] - MEANS[other]).norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sample_is_a_function_of_its_stream(trained, kind):
+    first, again, other = (trained[kind].sample(CONDITION, C, stream=rng(0, key)) for key in ("x", "x", "y"))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other) or kind == "replay"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_recovers_the_class_means_of_a_known_mixture(trained, kind):
+    for label in range(C):
+        x = trained[kind].sample(CONDITION[label : label + 1], 2000, stream=rng(0, "mean", label))
+        error = (x.mean(0) - MEANS[label]) / VARIANCES[label].sqrt()
+        # Class means lie 2 to 4 within-class deviations apart, and the statistics know them to 0.09 deviations
+        # (about 130 recordings).
+        assert error.square().mean().sqrt() < {"vae": 0.4, "gan": 1.0}.get(kind, 0.2)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "cof", "vae"])
+def test_kinds_with_a_spread_recover_that_of_a_known_mixture(trained, kind):
+    for label in range(C):
+        x = trained[kind].sample(CONDITION[label : label + 1], 2000, stream=rng(0, "spread", label))
+        ratio = x.var(0) / VARIANCES[label]
+        assert 0.7 < ratio.mean() < 1.5
+        if kind != "vae":
+            assert 0.3 < ratio.min()
+            assert ratio.max() < 2.0
+
+
+def test_gaussian_keeps_every_coordinates_variance():
+    stats = ClassStats(np.array([0]), np.array([1]), np.array([9]), MEANS[1:2], VARIANCES[1:2], {})
+    x = fitted("gaussian", stats=stats).sample(CONDITION[1:2], 20_000, stream=rng(0, "x"))
+    torch.testing.assert_close(x.mean(0), MEANS[1], atol=0.03, rtol=0)
+    torch.testing.assert_close(x.var(0), VARIANCES[1], atol=0, rtol=0.05)
+
+
+def test_replay_returns_client_means_only_drawn_by_count():
+    stats = federation(4)
+    x = fitted("replay", stats=stats).sample(CONDITION[1:2], 4000, stream=rng(0, "x"))
+    mine = np.flatnonzero(stats.label == 1)
+    hits = (x.flatten(1).unsqueeze(1) == stats.audio_mean[mine].flatten(1)).all(2)
+    assert hits.sum(1).tolist() == [1] * 4000
+    shares = stats.count[mine] / stats.count[mine].sum()
+    np.testing.assert_allclose(hits.double().mean(0).numpy(), shares, atol=0.03)
+
+
+def test_cof_is_unbiased_over_simulated_federations():
+    estimates = []
+    for seed in range(300):
+        generator = make_generator("cof", SPEC)
+        generator.fit(federation(5, seed=seed, share_variances=False), CONDITION, epochs=1, stream=rng(0, "x"))
+        estimates.append(generator.state()["audio_var"])
+    # Classes are shrunk towards each other, so it is their mean that has no bias: standard error about 1.5 %.
+    ratio = torch.stack(estimates).mean((0, 1)) / VARIANCES.mean(0)
+    torch.testing.assert_close(ratio, torch.ones(S, D), atol=0.07, rtol=0)
+
+
+def test_cof_tells_classes_apart_when_there_are_many_clients():
+    generator = make_generator("cof", SPEC)
+    report = generator.fit(federation(3000, share_variances=False), CONDITION, epochs=1, stream=rng(0, "x"))
+    torch.testing.assert_close(generator.state()["audio_var"], VARIANCES, atol=0, rtol=0.15)
+    assert report.metrics == {"degrees_of_freedom": 3 * 2999}
+
+
+def test_cof_by_hand():
+    stats = ClassStats(
+        np.array([0, 1]), np.array([0, 0]), np.array([2, 6]), torch.tensor([[[1.0]], [[5.0]]]), None, {}
+    )
+    generator = make_generator("cof", SPEC)
+    generator.fit(stats, CONDITION[:1], epochs=1, stream=rng(0, "x"))
+    # mean (2 * 1 + 6 * 5) / 8 = 4; spread 2 * 9 + 6 * 1 = 24 with one degree of freedom, alone its own pool
+    assert generator.state()["audio_mean"].item() == 4.0
+    assert generator.state()["audio_var"].item() == 24.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "stats", "message"),
+    [
+        ("gaussian", federation(share_variances=False), "got no variances"),
+        ("cof", federation(1), "found no class on two clients"),
+    ],
+)
+def test_a_kind_that_can_only_replay_says_so(kind, stats, message, caplog):
+    with caplog.at_level(logging.WARNING):
+        generator = fitted(kind, stats=stats)
+    assert message in caplog.text
+    x = generator.sample(CONDITION[:1], 3, stream=rng(0, "x"))
+    known = stats.audio_mean[torch.from_numpy(stats.label == 0)]
+    assert all((known == row).all(dim=(1, 2)).any() for row in x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share_variances", [True, False])
+def test_a_resumed_generator_goes_on_to_the_bit(kind, share_variances):
+    first = fitted(kind, epochs=2, stats=federation(share_variances=share_variances))
+    second = make_generator(kind, SPEC)
+    # Copies, as a file gives them back: nothing may hang on shared memory.
+    second.load({name: tensor.clone() for name, tensor in first.state().items()})
+    later = federation(seed=1, share_variances=share_variances)
+    reports = [g.fit(later, CONDITION, epochs=2, stream=rng(1, "test")) for g in (first, second)]
+    assert reports[0] == reports[1]
+    one, other = first.state(), second.state()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    samples = [g.sample(CONDITION, C, stream=rng(0, "x")) for g in (first, second)]
+    assert torch.equal(*samples)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_is_a_snapshot(kind):
+    generator = fitted(kind, epochs=1)
+    taken = generator.state()
+    kept = {name: tensor.clone() for name, tensor in taken.items()}
+    generator.fit(federation(seed=5), CONDITION, epochs=2, stream=rng(9, "test"))
+    assert all(torch.equal(taken[name], kept[name]) for name in kept)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loaded_state_is_not_written_to(kind):
+    state = fitted(kind, epochs=1).state()
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    generator = make_generator(kind, SPEC)
+    generator.load(state)
+    generator.fit(federation(seed=5), CONDITION, epochs=2, stream=rng(9, "test"))
+    assert all(torch.equal(state[name], kept[name]) for name in kept)
+
+
+@pytest.mark.parametrize("kind", LEARNT)
+def test_weights_come_from_the_seed_and_the_global_random_state_stays(kind):
+    before = torch.random.get_rng_state()
+    one, same = fitted(kind, epochs=1), fitted(kind, epochs=1)
+    other = fitted(kind, epochs=1, spec=GeneratorSpec(**{**SPEC.__dict__, "seed": 4}))
+    assert torch.equal(before, torch.random.get_rng_state())
+    samples = [g.sample(CONDITION, C, stream=rng(0, "x")) for g in (one, same, other)]
+    assert torch.equal(samples[0], samples[1])
+    assert not torch.equal(samples[0], samples[2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampling_before_a_fit_says_what_is_missing(kind):
+    generator = make_generator(kind, SPEC)
+    generator.load({})
+    assert generator.state() == {}
+    with pytest.raises(ModelError, match="^generator not initialised: .*feda2v.global_model_train: true"):
+        generator.sample(CONDITION, C, stream=rng(0, "x"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_conditions_of_another_width_or_number_are_refused(trained, kind):
+    with pytest.raises(ModelError, match="incompatible dimensions: .* conditions of width 5, got width 6"):
+        trained[kind].sample(torch.zeros(1, V + 1), 4, stream=rng(0, "x"))
+    with pytest.raises(ModelError, match=r"4 samples need 1 or 4 conditions \[n, V\], got \[3, 5\]"):
+        trained[kind].sample(CONDITION, 4, stream=rng(0, "x"))
+
+
+@pytest.mark.parametrize("kind", LEARNT)
+def test_a_fit_of_another_shape_is_refused(kind):
+    generator = fitted(kind, epochs=1)
+    with pytest.raises(ModelError, match=r"incompatible dimensions: .*\(2, 4, 5\), got \(2, 4, 6\)"):
+        generator.fit(federation(), torch.zeros(C, V + 1), epochs=1, stream=rng(0, "x"))
+
+
+@pytest.mark.parametrize(("kind", "what"), [("vae", "VAE training"), ("gan", "GAN ")])
+def test_a_diverging_fit_is_stopped(kind, what):
+    with pytest.raises(ModelError, match=rf"^{what}.*the loss is (nan|inf).*feda2v\.generator_learning_rate"):
+        fitted(kind, spec=GeneratorSpec(**{**SPEC.__dict__, "learning_rate": 1e30}))
+
+
+def test_unknown_kinds_are_refused():
+    with pytest.raises(ModelError, match="unknown generator 'vea'; known: replay, gaussian, cof, vae, gan"):
+        make_generator("vea", SPEC)
+
+
+@pytest.mark.parametrize("kind", LEARNT)
+def test_a_report_holds_every_class_of_every_epoch(kind):
+    report = make_generator(kind, SPEC).fit(federation(), CONDITION, epochs=3, stream=rng(0, "x"))
+    assert [sorted(epoch) for epoch in report.epochs] == [[0, 1, 2]] * 3
+    for parts in report.epochs[-1].values():
+        assert all(map(math.isfinite, parts.values()))
+        if kind == "vae":
+            assert parts["loss"] == pytest.approx(parts["recon"] + parts["kl"] + parts["sim"])
+    assert report.mean_loss == pytest.approx(np.mean([parts["loss"] for parts in report.epochs[-1].values()]))
+
+
+def test_nothing_trained_has_mean_loss_zero():
+    assert FitReport((), {}).mean_loss == 0.0
+
+
+@pytest.mark.parametrize("kind", LEARNT)
+def test_training_lowers_the_distance_to_the_class_means(kind, trained):
+    def distance(generator) -> float:
+        x = torch.stack([generator.sample(CONDITION[c : c + 1], 200, stream=rng(0, "x")).mean(0) for c in range(C)])
+        return float((x - MEANS).norm())
+
+    assert distance(trained[kind]) < 0.5 * distance(fitted(kind, epochs=1))
+
+
+@pytest.mark.parametrize(("total", "share", "first"), [(7, 0.5, 4), (10, 0.3, 3), (4, 1.0, 4), (5, 0.01, 1), (1, 0.5, 1)])
+def test_beta_is_one_from_the_end_of_the_warm_up_on_over_several_fits(total, share, first):
+    assert first == max(1, math.ceil(share * total))
+    stats, betas = federation(2), []
+
+    def make() -> Vae:
+        return Vae(seed=0, hidden_dim=4, latent_dim=2, total_epochs=total, beta_warmup=share, rows_per_class=2)
+
+    vae = make()
+    for epoch in range(total):
+        betas.append(vae.beta)
+        vae.fit(stats, CONDITION, epochs=1, stream=rng(0, "fit", epoch))
+        if epoch % 2:  # a resume in between
+            state, vae = vae.state(), make()
+            vae.load(state)
+    assert betas == pytest.approx([min(1.0, (epoch + 1) / first) for epoch in range(total)])
+    assert betas.index(1.0) + 1 == first
+
+
+def perceptron(state: dict, name: str, x: torch.Tensor) -> torch.Tensor:
+    """Linear layers with LeakyReLU 0.2 between them, from a state."""
+    layers = sorted({int(key.split(".")[2]) for key in state if key.startswith(f"network.{name}.")})
+    for layer in layers:
+        x = x @ state[f"network.{name}.{layer}.weight"].T + state[f"network.{name}.{layer}.bias"]
+        x = functional.leaky_relu(x, 0.2) if layer != layers[-1] else x
+    return x
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_losses_of_a_batch_by_hand(calibrated):
+    vae = Vae(
+        seed=0, hidden_dim=8, latent_dim=3, learning_rate=1e-2, rows_per_class=8, total_epochs=8, calibrated=calibrated
+    )
+    vae.fit(federation(), CONDITION, epochs=2, stream=rng(0, "fit"))
+    beta = 3 / 4  # two of the eight epochs are done, the warm-up takes four
+    x = torch.randn(4, S * D, generator=torch.Generator().manual_seed(0))
+    noisy, v = x + 0.1, CONDITION[[0, 1, 2, 2]]
+    parts = vae._loss_parts(x, noisy, v, rng(0, "z"))
+
+    state, eps = vae.state(), normal(rng(0, "z"), 4, 3)
+    mu, log_variance = perceptron(state, "encoder", torch.cat([noisy, v], 1)).chunk(2, 1)
+    decoded = perceptron(state, "decoder", torch.cat([mu + (log_variance / 2).exp() * eps, v], 1))
+    mse = ((decoded - x) ** 2).mean(1)
+    kl = -0.5 * (1 + log_variance - mu**2 - log_variance.exp()).sum(1)
+    dots = (decoded.view(4, S, D) * x.view(4, S, D)).sum(2)
+    cosine = (dots / decoded.view(4, S, D).norm(dim=2) / x.view(4, S, D).norm(dim=2)).mean(1)
+    loss = torch.stack(list(parts.values())).sum(0).mean()
+    if calibrated:
+        size = S * D
+        literal = 0.5 * mse.mean().log() + beta * kl.mean() / size + 0.05 * (1 - cosine.mean())
+    else:
+        literal = mse.mean() + beta * kl.mean() + 0.1 * (1 - cosine.mean())
+    torch.testing.assert_close(loss, literal)
+
+
+def test_the_calibrated_gradient_is_that_of_the_log_of_the_mean_squared_error():
+    vae = Vae(seed=0, hidden_dim=8, latent_dim=3, rows_per_class=8)
+    vae.fit(federation(), CONDITION, epochs=1, stream=rng(0, "fit"))
+    x, v = torch.randn(6, S * D, generator=torch.Generator().manual_seed(0)), CONDITION[[0, 1, 2, 0, 1, 2]]
+    weights = list(vae._network.parameters())
+    ours = torch.autograd.grad(vae._loss_parts(x, x, v, rng(0, "z"))["recon"].mean(), weights)
+    mu, log_variance = vae._encode(x, v)
+    z = mu + (0.5 * log_variance).exp() * normal(rng(0, "z"), 6, 3)
+    mse = (vae._network["decoder"](torch.cat([z, v], 1)) - x).square().mean()
+    literal = torch.autograd.grad(0.5 * mse.log(), weights)
+    for one, other in zip(ours, literal, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_collapsed_vae_is_reported(caplog):
+    # One class and one row: there is nothing for a latent to tell.
+    stats = ClassStats(np.array([0]), np.array([0]), np.array([5]), MEANS[:1], None, {})
+    with caplog.at_level(logging.WARNING):
+        report = make_generator("vae", SPEC).fit(stats, CONDITION[:1], epochs=2, stream=rng(0, "x"))
+    assert report.metrics["active_units"] == 0
+    assert "the VAE has collapsed: no latent unit is active" in caplog.text
+
+
+def test_a_vae_that_learns_is_not_reported_as_collapsed(caplog):
+    with caplog.at_level(logging.WARNING):
+        report = make_generator("vae", SPEC).fit(federation(), CONDITION, epochs=20, stream=rng(0, "x"))
+    assert report.metrics["active_units"] >= 1
+    assert not caplog.records
+
+
+def test_class_draws_weight_clients_by_count_and_classes_equally():
+    stats = ClassStats(
+        np.array([0, 1, 1]),
+        np.array([0, 0, 2]),
+        np.array([9, 1, 1]),
+        torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1),
+        None,
+        {},
+    )
+    labels, x = class_draws(stats, 1000, rng(0, "x"))
+    assert labels.tolist() == [0] * 1000 + [2] * 1000
+    assert (x[:1000] == 1.0).double().mean().item() == pytest.approx(0.9, abs=0.03)
+    assert (x[1000:] == 3.0).all()
+
+
+def test_moments_are_those_of_the_mixture():
+    stats = federation(40)
+    mean, deviation = moments(stats)
+    torch.testing.assert_close(mean, MEANS.mean(0), atol=0.1, rtol=0)
+    wanted = (MEANS.var(0, unbiased=False) + VARIANCES.mean(0)).sqrt()
+    torch.testing.assert_close(deviation, wanted, atol=0, rtol=0.05)
+
+
+def test_constant_coordinates_stay_finite():
+    means = torch.zeros(2, 1, 3)
+    means[:, 0, 0] = torch.tensor([-1.0, 1.0])
+    stats = ClassStats(np.zeros(2, int), np.arange(2), np.ones(2, int), means, None, {})
+    mean, deviation = moments(stats)
+    assert deviation[0, 0] == 1.0
+    assert (deviation[0, 1:] > 0.001).all()
+    for kind in LEARNT:
+        generator = make_generator(kind, SPEC)
+        generator.fit(stats, CONDITION[:2], epochs=2, stream=rng(0, "x"))
+        x = generator.sample(CONDITION[:2], 2, stream=rng(0, "x"))
+        assert torch.isfinite(x).all()
