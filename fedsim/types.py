@@ -52,8 +52,9 @@ class Block:
 
 @dataclass(frozen=True)
 class ClassStats:
-    """Class statistics of many (client, class) pairs as one table; a row never describes a single recording's outputs
-    unless `privacy.min_count` is 1.
+    """Class statistics of many (client, class) pairs as one table.
+
+    A row never describes a single recording, unless `privacy.min_count` is 1.
 
     Attributes:
         client: client ids [M].
@@ -73,6 +74,17 @@ class ClassStats:
 
     def __len__(self) -> int:
         return len(self.client)
+
+    def to(self, device: torch.device) -> ClassStats:
+        """The same table with its tensors on another device."""
+        return ClassStats(
+            self.client,
+            self.label,
+            self.count,
+            self.audio_mean.to(device),
+            None if self.audio_var is None else self.audio_var.to(device),
+            {head: mean.to(device) for head, mean in self.output_mean.items()},
+        )
 
     def take(self, rows: np.ndarray) -> ClassStats:
         """The table restricted to the given row numbers, in the given order."""

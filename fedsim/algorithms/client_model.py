@@ -21,7 +21,10 @@ ENCODER = "encoder."
 class ClientModel(Protocol):
     """A stack of client models as a pure function of its parameters."""
 
-    max_clients: int | None
+    @property
+    def max_clients(self) -> int | None:
+        """Clients that fit one stack; None for any number."""
+        ...
 
     def forward(
         self, params: Mapping[str, Tensor], inputs: Tensor, lengths: Tensor
@@ -71,6 +74,8 @@ def embed(model: ClientModel, params: Mapping[str, Tensor], inputs: Tensor, leng
     if isinstance(model, EncoderModel):
         own = {name[len(ENCODER) :]: tensor for name, tensor in params.items() if name.startswith(ENCODER)}
         with torch.no_grad():
-            chunks = [model.encode(own, x, n) for x, n in zip(inputs.split(8), lengths.split(8), strict=True)]
+            chunks = [
+                model.encode(own, x, n) for x, n in zip(torch.split(inputs, 8), torch.split(lengths, 8), strict=True)
+            ]
         return torch.cat(chunks)
     return inputs

@@ -48,7 +48,7 @@ def evaluate(
     scores: dict[str, list[Tensor]] = {head: [] for head in objective.targets}
     stacked = stack(params)
     with torch.no_grad():
-        for x, y in zip(embeddings.split(CHUNK), labels.split(CHUNK), strict=True):
+        for x, y in zip(torch.split(embeddings, CHUNK), torch.split(labels, CHUNK), strict=True):
             for head, output in adapter.forward(stacked, x.unsqueeze(0)).items():
                 wanted = objective.targets[head][y].unsqueeze(0)
                 squared[head].append(objective.nmse_rows(head, output, wanted)[0])
@@ -67,7 +67,7 @@ def _ranking(cosine: Tensor, labels: Tensor) -> dict[str, float]:
     others = cosine.scatter(1, labels.unsqueeze(1), -torch.inf)
     hits = cosine.argmax(1) == labels
     top = cosine.topk(min(5, cosine.shape[1]), dim=1).indices
-    recalls = [hits[labels == label].double().mean() for label in labels.unique()]
+    recalls = [hits[labels == label].double().mean() for label in torch.unique(labels)]
     return {
         "top1": float(hits.double().mean()),
         "top5": float((top == labels.unsqueeze(1)).any(1).double().mean()),
@@ -90,8 +90,9 @@ def client_accuracies(confusion: np.ndarray, class_counts: np.ndarray) -> np.nda
         class_counts: training recordings of every client and class [K, C].
     """
     recall = np.diag(confusion) / np.maximum(confusion.sum(1), 1)
-    mix: np.ndarray = class_counts / class_counts.sum(1, keepdims=True)
-    return mix @ recall
+    mix = class_counts / class_counts.sum(1, keepdims=True)
+    accuracies: np.ndarray = mix @ recall
+    return accuracies
 
 
 def worst_tenth(values: np.ndarray) -> float:

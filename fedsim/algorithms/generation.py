@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsim.algorithms.objective import Objective
-from fedsim.models.generators import FitReport, Generator
+from fedsim.models.generators import Generator
 from fedsim.types import ClassStats, concatenate_stats
 
 NO_STATISTICS = (
@@ -40,7 +40,7 @@ def merge_buffer(buffer: ClassStats | None, fresh: ClassStats, *, capacity: int)
 
 
 def class_means(stats: ClassStats, head: str, fallback: Tensor) -> Tensor:
-    """Count-weighted mean adapter output of every class [C, *shape]; `fallback`'s rows for classes without statistics."""
+    """Count-weighted mean output of every class [C, *shape]; `fallback`'s rows where there are no statistics."""
     table = fallback.clone()
     for label in np.unique(stats.label):
         mine = np.flatnonzero(stats.label == label)
@@ -60,22 +60,8 @@ def conditions(objective: Objective, stats: ClassStats, *, from_nodes: bool) -> 
     table = objective.targets[head]
     if from_nodes:
         table = class_means(stats, head, table)
-    scaled = (table - objective.centre[head]) * objective.weight[head] ** 0.5
+    scaled: Tensor = (table - objective.centre[head]) * objective.weight[head] ** 0.5
     return scaled if scaled.ndim == 2 else scaled.mean(1)
-
-
-def fit_generator(
-    generator: Generator,
-    stats: ClassStats,
-    objective: Objective,
-    *,
-    from_nodes: bool,
-    epochs: int,
-    stream: np.random.Generator,
-) -> tuple[FitReport, Tensor]:
-    """Train the generator on class statistics; returns its report and the conditions [C, V] it was trained with."""
-    condition = conditions(objective, stats, from_nodes=from_nodes)
-    return generator.fit(stats, condition, epochs=epochs, stream=stream), condition
 
 
 def draw_synthetic(

@@ -156,7 +156,8 @@ def train_stack(
         optimizer.step(active, grads, first)
         rows = batches.mask[first:, step].sum(1).cpu().numpy()
         losses[first:] += np.where(step >= last_epoch[first:], loss.cpu().numpy() * rows, 0.0)
-    return losses / np.array([len(c.labels) for c in clients])
+    mean: np.ndarray = losses / np.array([len(c.labels) for c in clients])
+    return mean
 
 
 def loss_and_grads(

@@ -80,7 +80,8 @@ class Sgd:
 def clip_(grads: Stack, max_norm: float) -> None:
     """Scale each client's gradients, in place, so that their joint norm is at most `max_norm` (as torch's clipping)."""
     norms = [torch.linalg.vector_norm(g.reshape(g.shape[0], -1), dim=1) for g in grads.values()]
-    total = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    # [K, P]: along the last axis a sum's order doesn't depend on K; along the first one it would.
+    total = torch.linalg.vector_norm(torch.stack(norms, dim=1), dim=1)
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for g in grads.values():
         g.mul_(factor.view(-1, *(1,) * (g.ndim - 1)))

@@ -191,7 +191,7 @@ def _epoch(
 ) -> float:
     """One shuffled pass, in place; returns the epoch's loss."""
     total = 0.0
-    for batch in torch.from_numpy(stream.permutation(len(rows.labels))).split(batch_size):
+    for batch in torch.split(torch.from_numpy(stream.permutation(len(rows.labels))), batch_size):
         # Scaled to an unbiased estimate of the whole weighted loss.
         part = Rows(*(column[batch] for column in _columns(rows)))
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}

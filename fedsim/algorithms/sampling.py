@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedsim.algorithms.local_training import num_batches
-
 
 def sample_cohort(num_clients: int, cohort_size: int, stream: np.random.Generator) -> np.ndarray:
     """`cohort_size` distinct clients out of `num_clients`, uniformly; all of them when the sizes are equal.
@@ -25,4 +23,5 @@ def order_cohort(cohort: np.ndarray, counts: np.ndarray, *, batch_size: int) -> 
         counts: recordings of each of them [K].
         batch_size: rows of a local step.
     """
-    return cohort[np.lexsort((cohort, num_batches(counts, batch_size)))]
+    batches = -(-counts // batch_size)
+    return cohort[np.lexsort((cohort, batches))]

@@ -13,8 +13,9 @@ from fedsim.cluster.wire import pack_update, unpack_block, unpack_broadcast
 from fedsim.federation.blocks import BlockTrainer
 from fedsim.federation.checkpoint import ServerState
 from fedsim.federation.experiment import Experiment, RunFiles
+from fedsim.federation.parts import choose_device
 from fedsim.federation.server import Server
-from fedsim.federation.setup import Setup, choose_device
+from fedsim.federation.setup import Setup
 from fedsim.federation.tracker import Tracker
 from fedsim.types import RoundResult
 

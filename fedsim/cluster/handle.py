@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -84,10 +85,8 @@ class RemoteExperiment:
 
     def close(self) -> None:
         """End all actors."""
-        try:
+        with suppress(RayActorError, RayTaskError, TimeoutError):  # client actors go with their owner in any case
             ray.get(self._actor.close.remote(), timeout=10)
-        except (RayActorError, RayTaskError, TimeoutError):
-            pass  # the client actors go with their owner
         ray.kill(self._actor)
 
     def _wait(self, ref: Any, *, poll: bool = True) -> Any:

@@ -65,7 +65,8 @@ class RayPool:
             ResourceError: actors can't be started.
         """
         message = ray.put(pack_broadcast(broadcast))
-        todo, attempts, running = deque(blocks), Counter[int](), {}
+        todo, attempts = deque(blocks), Counter[int]()
+        running: dict[Any, tuple[Any, Block]] = {}
         while todo or running:
             while todo and self._idle:
                 actor, block = self._idle.pop(), todo.popleft()

@@ -54,7 +54,8 @@ def start_ray(*, address: str | None, num_cpus: int | None, num_gpus: int | None
 
     Args:
         address: of the cluster to join; None for RAY_ADDRESS, else a private Ray.
-        num_cpus, num_gpus: what a private Ray is told of; None lets it look.
+        num_cpus: CPUs a private Ray is told of; None lets it look.
+        num_gpus: GPUs a private Ray is told of; None lets it look.
 
     Returns:
         Whether this call connected, so that the caller must disconnect.

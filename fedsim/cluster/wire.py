@@ -53,7 +53,8 @@ def unpack_state(packed: PackedState) -> AdapterState:
     flat = torch.from_numpy(np.array(packed.vector))
     sizes = [int(np.prod(shape)) for shape in packed.shapes]
     return {
-        name: part.view(shape) for name, shape, part in zip(packed.names, packed.shapes, flat.split(sizes), strict=True)
+        name: part.view(shape)
+        for name, shape, part in zip(packed.names, packed.shapes, torch.split(flat, sizes), strict=True)
     }
 
 

@@ -1,0 +1,1 @@
+"""Layer 3: one round after another, without Ray or MLflow."""

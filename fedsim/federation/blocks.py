@@ -22,7 +22,8 @@ from fedsim.algorithms.evaluation import evaluate
 from fedsim.algorithms.local_training import ClientRows, LocalTraining, train_stack
 from fedsim.algorithms.statistics import evaluate_stack
 from fedsim.errors import ClientError, FedsimError
-from fedsim.federation.setup import Parts, Setup, adapter_part, build_parts, rows_of
+from fedsim.federation.parts import Parts, adapter_part, build_parts, rows_of
+from fedsim.federation.setup import Setup
 from fedsim.models.adapters import unstack
 from fedsim.seeding import rng
 from fedsim.types import AdapterState, Block, BlockUpdate, Broadcast, ClassStats, ClientMetrics, concatenate_stats

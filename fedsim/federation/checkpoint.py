@@ -156,22 +156,23 @@ def _read_document(folder: Path) -> dict[str, Any]:
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
-        return load_file(file)
+        tensors: dict[str, Tensor] = load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} is not a readable safetensors file ({error})") from error
+    return tensors
 
 
 def _from_tables(round_number: int, tables: Mapping[str, dict[str, Tensor]]) -> ServerState:
     personal: dict[int, AdapterState] = {}
     for key, tensor in tables.get("personal", {}).items():
-        client, name = key.split("/", 1)
-        personal.setdefault(int(client), {})[name] = tensor
+        owner, name = key.split("/", 1)
+        personal.setdefault(int(owner), {})[name] = tensor
     buffer = None
     if "buffer" in tables:
         table = tables["buffer"]
         heads = {name[len("output_mean.") :]: t for name, t in table.items() if name.startswith("output_mean.")}
-        columns = (table[name].numpy() for name in ("client", "label", "count"))
-        buffer = ClassStats(*columns, table["audio_mean"], table.get("audio_var"), heads)
+        client, label, count = (table[name].numpy() for name in ("client", "label", "count"))
+        buffer = ClassStats(client, label, count, table["audio_mean"], table.get("audio_var"), heads)
     return ServerState(round_number, tables["adapter"], tables.get("generator", {}), buffer, personal)
 
 

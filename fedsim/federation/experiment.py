@@ -101,7 +101,7 @@ class Experiment:
         run_dir, setup, state = self._files.run_dir, self._server.setup, self._server.state
         history = read_history(run_dir)
         metrics = {name: value for name, value in history[-1]["metrics"].items() if value is not None}
-        info = {
+        info: dict[str, object] = {
             "name": setup.config.experiment.name,
             "audio_encoder": setup.used["audio_encoder"],
             "text_encoder": {head: setup.used[f"text_{head}"] for head in setup.targets},
@@ -109,7 +109,7 @@ class Experiment:
             "top1": metrics.get("eval/top1"),
         }
         save_adapter(run_dir / "adapter", self._server.parts.adapter, state.adapter, info=info)
-        result = {
+        result: dict[str, Any] = {
             "metrics": metrics,
             "rounds": state.round_number,
             "digest": digest(state.adapter),

@@ -1,9 +1,9 @@
-"""From a configuration to what a round needs: recordings, splits, partition, embeddings, targets, adapters.
+"""From a configuration to what a round needs: recordings, splits, partition, embeddings, targets.
 
 `prepare` runs once, on the driver. Its result is plain data (arrays, paths, strings) that actors receive once and
-from which `build_parts` makes the objects that compute.
+from which `fedsim.federation.parts` makes the objects that compute.
 
-Legend: N recordings, C classes, S segments, D audio embedding width; F frames and M mel bands of a spectrogram.
+Legend: N recordings, C classes.
 """
 
 from __future__ import annotations
@@ -13,29 +13,21 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from fedsim.algorithms.client_model import ENCODER, AdapterModel, ClientModel, EncoderModel
 from fedsim.algorithms.generation import NO_STATISTICS
-from fedsim.algorithms.objective import Objective, make_objective
-from fedsim.config.schema import AdapterPreset, Config
+from fedsim.config.schema import Config
 from fedsim.data import open_recordings
 from fedsim.data.partition import NodeSpec, Partition, make_partition, partition_nodes
 from fedsim.data.recordings import Recordings
 from fedsim.data.split import split_recordings
-from fedsim.data.store import Store, fill_store, open_store, write_store
+from fedsim.data.store import Store, fill_store, write_store
 from fedsim.errors import ConfigError, DataError
-from fedsim.models.adapters import Adapter, HeadSpec, make_adapter
-from fedsim.models.encoders import make_audio_encoder
-from fedsim.models.encoders.ast import AstEncoder
+from fedsim.models.encoders import make_audio_encoder, require_ast
 from fedsim.models.encoders.precomputed import load_precomputed, precomputed_fingerprint
 from fedsim.models.encoders.text import make_text_targets
 from fedsim.seeding import rng
-from fedsim.types import AdapterState
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -68,18 +60,6 @@ class Setup:
     client_names: tuple[str, ...]
     used: Mapping[str, str]
     data_fingerprint: str
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What computes, on one device: adapter, loss, client model and the open store."""
-
-    adapter: Adapter
-    objective: Objective
-    model: ClientModel
-    encoder_state: AdapterState
-    store: Store
-    device: torch.device
 
 
 def prepare(config: Config, progress: Progress | None = None) -> Setup:
@@ -186,10 +166,11 @@ def _client_column(config: Config, recordings: Recordings, train: np.ndarray) ->
     column = config.federation.column
     if config.federation.partition != "by_column":
         return None
-    if column not in recordings.columns:
+    if column is None or column not in recordings.columns:
         known = ", ".join(recordings.columns) or "none"
         raise ConfigError(f"federation.column: {recordings.name} has no column {column!r}; it has: {known}")
-    return recordings.columns[column][train]
+    values: np.ndarray = recordings.columns[column][train]
+    return values
 
 
 def _check_statistics(config: Config, partition: Partition, recordings: Recordings) -> None:
@@ -237,7 +218,7 @@ def _embed(
     fingerprint, row_shape = encoder.fingerprint, tuple(encoder.shape)
     encode = lambda waves: (encoder.encode(waves), np.zeros(len(waves), dtype=np.int64))  # noqa: E731
     if wanted.trainable != "none":
-        trainable = _require_ast(encoder, wanted.name)
+        trainable = require_ast(encoder, wanted.name)
         fingerprint, row_shape, encode = f"inputs of {fingerprint}", trainable.input_shape, trainable.inputs
     store = fill_store(
         cache_dir=cache_dir(config),
@@ -252,83 +233,3 @@ def _embed(
         progress=progress,
     )
     return store, encoder.description
-
-
-def _require_ast(encoder: object, name: str) -> AstEncoder:
-    if not isinstance(encoder, AstEncoder):
-        raise ConfigError(
-            f"model.audio_encoder.trainable needs an AST (ast, tiny_ast); {name!r} has no trainable layers"
-        )
-    return encoder
-
-
-DEFAULT_PRESETS = {"t5": "slim"}
-
-
-def head_specs(config: Config) -> dict[str, HeadSpec]:
-    """How each head's adapter is built: `model.adapters`, else mlp for clip and slim for t5."""
-    specs = {}
-    for head, shape in config.model.head_shapes().items():
-        preset = config.model.adapters.get(head)
-        if preset is None:
-            kind = DEFAULT_PRESETS.get(head, "mlp")
-            preset = AdapterPreset(preset=kind, hidden=[1024, 2048] if kind == "slim" else [1024])
-        specs[head] = HeadSpec(preset.preset, shape, tuple(preset.hidden), preset.width, preset.num_heads)
-    return specs
-
-
-def build_parts(setup: Setup, device: torch.device) -> Parts:
-    """Make what computes from what was told; the same on every actor."""
-    config = setup.config
-    targets = {head: torch.from_numpy(np.array(table)) for head, table in setup.targets.items()}
-    objective = make_objective(
-        targets,
-        contrastive_weight=config.training.contrastive_weight,
-        temperature=config.training.contrastive_temperature,
-    ).to(device)
-    encoder = config.model.audio_encoder
-    adapter = make_adapter(
-        (encoder.segments, encoder.dim),
-        head_specs(config),
-        centre=objective.centre,
-        scale={head: weight**-0.5 for head, weight in objective.weight.items()},
-    ).to(device)
-    model: ClientModel = AdapterModel(adapter)
-    encoder_state: AdapterState = {}
-    if encoder.trainable != "none":
-        ast = _require_ast(
-            make_audio_encoder(
-                encoder.name,
-                path=encoder.path,
-                revision=encoder.revision,
-                segments=encoder.segments,
-                dim=encoder.dim,
-                device=str(device),
-            ),
-            encoder.name,
-        )
-        encoder_state = {ENCODER + name: t.to(device) for name, t in ast.trainable_state(encoder.trainable).items()}
-        model = EncoderModel(adapter, ast.forward)
-    return Parts(adapter, objective, model, encoder_state, open_store(setup.store_path), device)
-
-
-def rows_of(parts: Parts, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Inputs [n, ...] and lengths [n] of rows of the store, copied onto the device."""
-    inputs = torch.from_numpy(np.array(parts.store.rows[rows])).to(parts.device)
-    return inputs, torch.from_numpy(np.array(parts.store.lengths[rows])).to(parts.device)
-
-
-def choose_device(gpus: float) -> torch.device:
-    """CUDA when GPUs were asked for and there are any, else the CPU."""
-    return torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")
-
-
-def adapter_part(state: AdapterState) -> AdapterState:
-    """The tensors of a state that belong to the adapters, not to the audio encoder."""
-    return {name: tensor for name, tensor in state.items() if not name.startswith(ENCODER)}
-
-
-def initial_state(setup: Setup, parts: Parts) -> AdapterState:
-    """The global trainable tensors before round 1."""
-    fresh = {name: t.to(parts.device) for name, t in parts.adapter.init(setup.config.experiment.seed).items()}
-    return cast(AdapterState, fresh | parts.encoder_state)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def rms_norm(params: Params, name: str, x: Tensor) -> Tensor:
 def token_mlp_init(stream: np.random.Generator, widths: list[int]) -> AdapterState:
     """LayerNorm, then linear layers widths[0] -> widths[1] -> ...; at least two widths."""
     state = nest("norm", layer_norm_init(widths[0]))
-    for layer, (in_dim, out_dim) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for layer, (in_dim, out_dim) in enumerate(pairwise(widths)):
         state |= nest(f"layer{layer}", linear_init(stream, in_dim, out_dim))
     return state
 
@@ -78,9 +79,10 @@ def token_mlp(params: Params, name: str, x: Tensor, *, num_layers: int, last_act
 
 
 def attention_pool_init(stream: np.random.Generator, dim: int, num_latents: int) -> AdapterState:
-    """Parameters of `attention_pool`: latents (sd 0.02), q, kv, out, two norms, SwiGLU MLP of ratio 4."""
+    """Parameters of `attention_pool`: latents (sd 0.02), projection, q, kv, out, two norms, SwiGLU MLP of ratio 4."""
     return {
         "latents": 0.02 * normal(stream, num_latents, dim),
+        **nest("project", linear_init(stream, dim, dim)),
         **nest("q", linear_init(stream, dim, dim, bias=False)),
         **nest("kv", linear_init(stream, dim, 2 * dim, bias=False)),
         **nest("out", linear_init(stream, dim, dim)),
@@ -112,7 +114,7 @@ def attention_pool(params: Params, name: str, x: Tensor, *, num_heads: int) -> T
     query = linear(params, f"{name}.q", latents).view(clients, 1, -1, num_heads, size).transpose(2, 3)
     key, value = (
         part.reshape(clients, batch, tokens, num_heads, size).transpose(2, 3)
-        for part in linear(params, f"{name}.kv", x).chunk(2, dim=-1)
+        for part in linear(params, f"{name}.kv", linear(params, f"{name}.project", x)).chunk(2, dim=-1)
     )
     scores = torch.matmul(query, key.transpose(-1, -2)) / math.sqrt(size)
     attended = torch.matmul(scores.softmax(-1), value).transpose(2, 3).reshape(clients, batch, latents.shape[1], dim)

@@ -1,7 +1,7 @@
 """Presets `map` (the original's adapter) and `slim`: token-wise MLP, attention pooling with one latent per token.
 
-`map` pools at the width of the output: 284 M parameters for a (17, 4096) head (301 M in the original, whose block had one
-more linear map on its input). `slim` pools at `width` (768) and maps linearly to the output: 17 M for the same head.
+`map` pools at the width of the output: 301 M parameters for a (17, 4096) head. `slim` pools at `width` (768) and
+maps linearly to the output: 18 M for the same head.
 """
 
 from __future__ import annotations

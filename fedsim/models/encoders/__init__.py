@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from fedsim.errors import ModelError
 
-__all__ = ["AUDIO_ENCODERS", "AudioEncoder", "make_audio_encoder"]
+if TYPE_CHECKING:
+    from fedsim.models.encoders.ast import AstEncoder
+
+__all__ = ["AUDIO_ENCODERS", "AudioEncoder", "make_audio_encoder", "require_ast"]
 
 
 class AudioEncoder(Protocol):
@@ -98,3 +101,16 @@ AUDIO_ENCODERS: dict[str, Callable[[str | None, str | None, int, int, str], Audi
     "yamnet": _yamnet,
     "logmel": _logmel,
 }
+
+
+def require_ast(encoder: object, name: str) -> AstEncoder:
+    """The encoder as an AST, for local training of its layers.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    from fedsim.models.encoders.ast import AstEncoder
+
+    if not isinstance(encoder, AstEncoder):
+        raise ModelError(f"model.audio_encoder.trainable needs an AST (ast, tiny_ast); {name!r} has no layers to train")
+    return encoder

@@ -17,7 +17,7 @@ def locate(path: str | Path | None, *, default: str | None, what: str, config_ke
     """The file that a configuration key names, or its default under $FEDSIM_DATA.
 
     Args:
-        path: value of the key, or None.
+        path: value of the key, or None; a relative path that isn't there is looked for under $FEDSIM_DATA.
         default: relative to $FEDSIM_DATA; None when there is no default.
         what: the file in words, for the message.
         config_key: the key that names it, for the message.
@@ -32,6 +32,9 @@ def locate(path: str | Path | None, *, default: str | None, what: str, config_ke
             raise ModelError(f"{what}: no file is named; set {config_key} to its path{hint}")
         path = Path(root) / default
     path = Path(path).expanduser()
+    root = os.environ.get("FEDSIM_DATA")
+    if not path.is_file() and not path.is_absolute() and root:
+        path = Path(root) / path
     if not path.is_file():
         raise ModelError(f"{what}: no file {path}; set {config_key} to an existing file")
     return path

@@ -2,9 +2,9 @@
 
 Per segment of the recording's sounding part (trailing digital silence is trimmed) and per mel band: mean, standard
 deviation, mean absolute difference of neighbouring frames, and maximum over time; 4 x 64 = 256 values. Log-mel values
-are counted from silence and divided by 4, so silence is 0 and loud sound about 2. Each kind of statistic is then brought
-to about zero mean and unit deviation by fixed constants (as AST's front end does with its two), so that no kind drowns
-the others; loudness is kept.
+are counted from silence and divided by 4, so silence is 0 and loud sound about 2. Each kind of statistic is then
+brought to about zero mean and unit deviation by fixed constants (as AST's front end does with its two), so that no
+kind drowns the others; loudness is kept.
 
 Legend for shapes: n recordings, T frames, S segments, D width of the audio embedding.
 """

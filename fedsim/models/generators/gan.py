@@ -81,9 +81,10 @@ class Gan:
         Raises:
             ModelError: another embedding shape or condition width than in earlier fits, or a non-finite loss.
         """
-        shape = (*stats.audio_mean.shape[1:], condition.shape[1])
+        segments, dim = stats.audio_mean.shape[1:]
+        shape = (segments, dim, condition.shape[1])
         if self._shape is None:
-            self._build(*shape, device=stats.audio_mean.device)
+            self._build(*shape, stats.audio_mean.device)
         if shape != self._shape:
             raise ModelError(
                 f"incompatible dimensions: the generator was built for [S, D, V] {self._shape}, got {shape}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,8 +21,8 @@ def perceptron(widths: list[int], stream: np.random.Generator) -> nn.Sequential:
     state is neither read nor changed.
     """
     layers: list[nn.Module] = []
-    for in_dim, out_dim in zip(widths[:-1], widths[1:], strict=True):
-        layer = nn.utils.skip_init(nn.Linear, in_dim, out_dim)
+    for in_dim, out_dim in pairwise(widths):
+        layer = nn.Linear(in_dim, out_dim, device="meta").to_empty(device="cpu")
         with torch.no_grad():
             layer.weight.copy_(normal(stream, out_dim, in_dim) * math.sqrt(2.0 / in_dim))
             layer.bias.zero_()

@@ -52,8 +52,8 @@ class _Table:
     def load(self, state: Mapping[str, Tensor]) -> None:
         if state:
             self._conditions.load(state)
-            columns = (state[name].numpy() for name in ("client", "label", "count"))
-            self._stats = ClassStats(*columns, state["audio_mean"], state.get("audio_var"), {})
+            client, label, count = (state[name].cpu().numpy() for name in ("client", "label", "count"))
+            self._stats = ClassStats(client, label, count, state["audio_mean"], state.get("audio_var"), {})
 
 
 class Replay:

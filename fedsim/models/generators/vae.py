@@ -115,9 +115,10 @@ class Vae:
         Raises:
             ModelError: another embedding shape or condition width than in earlier fits, or a non-finite loss.
         """
-        shape = (*stats.audio_mean.shape[1:], condition.shape[1])
+        segments, dim = stats.audio_mean.shape[1:]
+        shape = (segments, dim, condition.shape[1])
         if self._shape is None:
-            self._build(*shape, device=stats.audio_mean.device)
+            self._build(*shape, stats.audio_mean.device)
         if shape != self._shape:
             raise ModelError(
                 f"incompatible dimensions: the generator was built for [S, D, V] {self._shape}, got {shape}"
@@ -203,7 +204,7 @@ class Vae:
         check_width(condition, self._shape[2])
         v = expand_condition(condition, n)
         z = normal(stream, n, self._latent_dim).to(v.device)
-        x = self._network["decoder"](torch.cat([z, v], 1))
+        x: Tensor = self._network["decoder"](torch.cat([z, v], 1))
         noise = normal(stream, *x.shape).to(v.device)
         if self._calibrated:
             x = x + self._residual.sqrt() * noise

@@ -1,0 +1,184 @@
+"""The server's training step: fit the generator on class statistics, refine the averaged adapters with its samples.
+
+Legend: M (client, class) rows, C classes, V condition width, n rows, S segments, D audio embedding width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from torch import Tensor
+
+from fedsim.algorithms.generation import (
+    NO_STATISTICS,
+    conditions,
+    describe_epoch,
+    draw_synthetic,
+    merge_buffer,
+)
+from fedsim.algorithms.refinement import Refined, Refinement, refine
+from fedsim.config.schema import Config
+from fedsim.federation.clock import RoundClock
+from fedsim.federation.parts import Parts, adapter_part
+from fedsim.federation.setup import Setup
+from fedsim.models.generators import FitReport, Generator, GeneratorSpec, make_generator
+from fedsim.seeding import rng
+from fedsim.types import AdapterState, ClassStats
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What the step leaves: the adapter, the statistics kept for later rounds, and metrics by name."""
+
+    adapter: AdapterState
+    buffer: ClassStats | None
+    metrics: dict[str, float]
+
+
+class ServerStep:
+    """Holds the generator; does nothing with `feda2v.global_model_train: false`.
+
+    Args:
+        setup: what the driver prepared.
+        parts: what computes, on the server's device.
+        generator_state: from an earlier `generator_state()`; empty for a new one.
+    """
+
+    def __init__(self, setup: Setup, parts: Parts, generator_state: Mapping[str, Tensor]) -> None:
+        self._parts, self._config, self._class_names = parts, setup.config, setup.class_names
+        self._generator = _make_generator(setup.config)
+        if self._generator is not None:
+            self._generator.load({name: tensor.to(parts.device) for name, tensor in generator_state.items()})
+        elif setup.config.feda2v.global_model_train:
+            log.warning(
+                "generator not initialised: feda2v.use_generator is false; "
+                "refinement uses the clients' class means alone"
+            )
+
+    def generator_state(self) -> dict[str, Tensor]:
+        """The generator's tensors, for a checkpoint."""
+        return {} if self._generator is None else self._generator.state()
+
+    def run(self, averaged: AdapterState, fresh: ClassStats, buffer: ClassStats | None, clock: RoundClock) -> Stepped:
+        """Fit and refine.
+
+        Args:
+            averaged: tensors after aggregation.
+            fresh: this round's statistics.
+            buffer: statistics of earlier rounds.
+            clock: times the phases "generate" and "refine".
+        """
+        settings = self._config.feda2v
+        if not settings.global_model_train:
+            return Stepped(averaged, buffer, {})
+        if len(fresh):
+            buffer = merge_buffer(buffer, fresh, capacity=settings.generator_buffer_size)
+        if buffer is None:
+            message = NO_STATISTICS.format(min_count=self._config.privacy.min_count)
+            log.warning("%s; round %d is not refined", message, clock.round_number)
+            return Stepped(averaged, None, {})
+        stats = buffer.to(self._parts.device)
+        metrics: dict[str, float] = {}
+        if self._generator is not None:
+            with clock("generate"):
+                report = self._fit(self._generator, stats, clock.round_number)
+            metrics |= {"server/generator_loss": report.mean_loss}
+            metrics |= {f"server/generator_{name}": value for name, value in report.metrics.items()}
+        with clock("refine"):
+            refined = self._refine(averaged, stats, clock.round_number)
+        metrics |= {
+            "server/adapter_finetuning_loss": refined.loss,
+            "server/held_out_loss_before": refined.held_out_before,
+            "server/held_out_loss_after": refined.held_out_after,
+            "server/refinement_kept": float(refined.kept),
+        }
+        return Stepped({**averaged, **refined.adapter}, buffer, metrics)
+
+    def _fit(self, generator: Generator, stats: ClassStats, round_number: int) -> FitReport:
+        settings = self._config.feda2v
+        report = generator.fit(
+            stats,
+            self._conditions(stats),
+            epochs=generator_epochs(self._config),
+            stream=rng(self._config.experiment.seed, "generator", round_number),
+        )
+        for epoch in report.epochs:
+            for line in describe_epoch(settings.generator_type, self._class_names, epoch):
+                log.info(line)
+        log.info("Generator training completed. Average loss: %.4f", report.mean_loss)
+        return report
+
+    def _refine(self, averaged: AdapterState, stats: ClassStats, round_number: int) -> Refined:
+        settings, training, seed = self._config.feda2v, self._config.training, self._config.experiment.seed
+        synthetic = None
+        if self._generator is not None:
+            synthetic = partial(self._draw, self._generator, stats, settings.synthetic_samples_per_class)
+        refined = refine(
+            self._parts.adapter,
+            adapter_part(averaged),
+            stats,
+            objective=self._parts.objective,
+            how=Refinement(
+                epochs=settings.global_model_train_epochs,
+                learning_rate=settings.refine_learning_rate or 0.5 * training.learning_rate,
+                batch_size=settings.refine_batch_size,
+                synthetic_weight=settings.synthetic_weight,
+                text_anchor=settings.text_anchor if settings.global_model_train_from_nodes_adapters else 1.0,
+            ),
+            synthetic=synthetic,
+            stream=rng(seed, "refine", round_number),
+            held_out_stream=rng(seed, "refine-held-out", round_number),
+        )
+        log.info("Adapter fine-tuning completed. Average loss: %.4f", refined.loss)
+        if not refined.kept:
+            change = f"from {refined.held_out_before:.4f} to {refined.held_out_after:.4f}"
+            log.warning("refinement of round %d dropped: its held-out loss rose %s", round_number, change)
+        return refined
+
+    def _conditions(self, stats: ClassStats) -> Tensor:
+        from_nodes = self._config.feda2v.global_model_train_from_nodes_adapters
+        return conditions(self._parts.objective, stats, from_nodes=from_nodes)
+
+    def _draw(
+        self, generator: Generator, stats: ClassStats, per_class: int, stream: np.random.Generator
+    ) -> tuple[np.ndarray, Tensor]:
+        return draw_synthetic(generator, stats, self._conditions(stats), per_class=per_class, stream=stream)
+
+    def samples(self, buffer: ClassStats | None, per_class: int, round_number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Synthetic embeddings for a plot: labels [n] and flattened rows [n, S * D]; none without a generator."""
+        if self._generator is None or buffer is None:
+            size = int(np.prod(self._parts.adapter.input_shape))
+            return np.zeros(0, dtype=np.int64), np.zeros((0, size), dtype=np.float32)
+        stream = rng(self._config.experiment.seed, "plot", round_number)
+        labels, rows = self._draw(self._generator, buffer.to(self._parts.device), per_class, stream)
+        return labels, rows.flatten(1).cpu().numpy()
+
+
+def generator_epochs(config: Config) -> int:
+    """Generator epochs of one round."""
+    return config.feda2v.generator_epochs or config.feda2v.global_model_train_epochs
+
+
+def _make_generator(config: Config) -> Generator | None:
+    settings = config.feda2v
+    if not (settings.use_generator and settings.global_model_train):
+        return None
+    spec = GeneratorSpec(
+        seed=config.experiment.seed,
+        hidden_dim=settings.generator_hidden_dim,
+        latent_dim=settings.generator_latent_dim,
+        batch_size=settings.generator_batch_size,
+        rows_per_class=settings.generator_rows_per_class,
+        total_epochs=generator_epochs(config) * config.federation.global_rounds,
+        beta_warmup=settings.beta_warmup,
+        loss_scaling=settings.loss_scaling,
+    )
+    default_rate = 1e-4 if settings.generator_type == "gan" else 0.1 * config.training.learning_rate
+    rate = settings.generator_learning_rate or default_rate
+    return make_generator(settings.generator_type, replace(spec, learning_rate=rate))
