@@ -5,14 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_adapter", "load_config", "run"]
+__all__ = ["__version__", "load_adapter", "load_config", "resume", "run"]
 
 if TYPE_CHECKING:
+    from fedsim.cli.session import resume as resume
     from fedsim.cli.session import run as run
     from fedsim.config import load_config as load_config
     from fedsim.models.saved import load_adapter as load_adapter
 
-_HOMES = {"load_adapter": "fedsim.models.saved", "load_config": "fedsim.config", "run": "fedsim.cli.session"}
+_HOMES = {
+    "load_adapter": "fedsim.models.saved",
+    "load_config": "fedsim.config",
+    "resume": "fedsim.cli.session",
+    "run": "fedsim.cli.session",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -74,7 +74,7 @@ class Batches:
 
     Attributes:
         inputs, lengths, labels: all rows of the stack, client after client.
-        index: [K, T, B] into those rows; 0 where padded.
+        index: [K, T, B] into those rows; the client's first row where padded.
         mask: [K, T, B] float, 0 where padded.
         steps: [K] steps of each client, ascending.
     """
@@ -100,16 +100,20 @@ def lay_out(clients: Sequence[ClientRows], plans: Sequence[np.ndarray]) -> Batch
     """Batches of a stack from every client's plan [T_k, B]; clients must be ordered by T_k."""
     steps = np.array([len(plan) for plan in plans])
     starts = np.concatenate([[0], np.cumsum([len(c.labels) for c in clients])])
-    index = np.full((len(clients), int(steps.max(initial=0)), plans[0].shape[1]), -1, dtype=np.int64)
+    shape = (len(clients), int(steps.max(initial=0)), plans[0].shape[1])
+    # Padding repeats a client's own first row: a row of a neighbour that isn't finite would get past the mask.
+    index = np.broadcast_to(starts[:-1, None, None], shape).copy()
+    mask = np.zeros(shape, dtype=np.float32)
     for k, plan in enumerate(plans):
-        index[k, : len(plan)] = np.where(plan < 0, -1, plan + starts[k])
+        index[k, : len(plan)] += np.maximum(plan, 0)
+        mask[k, : len(plan)] = plan >= 0
     device = clients[0].inputs.device
     return Batches(
         inputs=torch.cat([c.inputs for c in clients]),
         lengths=torch.cat([c.lengths for c in clients]),
         labels=torch.cat([c.labels for c in clients]),
-        index=torch.from_numpy(np.maximum(index, 0)).to(device),
-        mask=torch.from_numpy((index >= 0).astype(np.float32)).to(device),
+        index=torch.from_numpy(index).to(device),
+        mask=torch.from_numpy(mask).to(device),
         steps=steps,
     )
 

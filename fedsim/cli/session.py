@@ -17,7 +17,7 @@ from fedsim.config import Config, load_config
 from fedsim.errors import CheckpointError
 from fedsim.federation.checkpoint import ServerState, load_checkpoint
 from fedsim.federation.experiment import run_rounds
-from fedsim.federation.run_directory import create_run_directory, keep_rounds
+from fedsim.federation.run_directory import create_run_directory, discard_unused, keep_rounds
 from fedsim.federation.setup import Setup, prepare
 from fedsim.launch.session import ended_by_signals, open_experiment
 from fedsim.tracking.progress import ProgressDisplay
@@ -25,7 +25,7 @@ from fedsim.tracking.progress import ProgressDisplay
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, *, output: Path | None = None, console: Console | None = None) -> dict[str, Any]:
+def run(config: Config, *, output: Path | str | None = None, console: Console | None = None) -> dict[str, Any]:
     """Run an experiment.
 
     Args:
@@ -41,13 +41,16 @@ def run(config: Config, *, output: Path | None = None, console: Console | None =
     """
     console = console or Console(quiet=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    run_dir = (output or Path(config.experiment.output_dir) / f"{config.experiment.name}-{stamp}").absolute()
+    run_dir = Path(output or Path(config.experiment.output_dir) / f"{config.experiment.name}-{stamp}").absolute()
     create_run_directory(run_dir, config)
-    setup = prepare_with_bar(config, console)
-    return _run(setup, run_dir, None, None, console)
+    try:
+        return _run(prepare_with_bar(config, console), run_dir, None, None, console)
+    except BaseException:
+        discard_unused(run_dir)
+        raise
 
 
-def resume(run_dir: Path, *, address: str | None = None, console: Console | None = None) -> dict[str, Any]:
+def resume(run_dir: Path | str, *, address: str | None = None, console: Console | None = None) -> dict[str, Any]:
     """Go on with a run from its newest checkpoint.
 
     Args:
@@ -61,7 +64,7 @@ def resume(run_dir: Path, *, address: str | None = None, console: Console | None
     Raises:
         CheckpointError: no checkpoint, a damaged one, or one of another configuration.
     """
-    run_dir = run_dir.absolute()
+    run_dir = Path(run_dir).absolute()
     if not (run_dir / "config.yaml").is_file():
         raise CheckpointError(f"{run_dir} is not a run directory: it has no config.yaml")
     config = load_config(run_dir / "config.yaml", [f"resources.address={address}"] if address else [])

@@ -105,10 +105,6 @@ class ServerActor:
         """Write the results."""
         return self._experiment.finish(status)
 
-    def abandon(self, status: str) -> None:
-        """Close the tracking run."""
-        self._experiment.abandon(status)
-
     def close(self) -> None:
         """End the client actors."""
         self._experiment.close()

@@ -74,15 +74,6 @@ class RemoteExperiment:
         result: dict[str, Any] = self._wait(self._actor.finish.remote(status))
         return result
 
-    def abandon(self, status: str) -> None:
-        """Close the tracking run, as far as the actor is still there."""
-        try:
-            ray.get(self._actor.abandon.remote(status), timeout=30)
-        except (RayActorError, RayTaskError, TimeoutError):
-            logging.getLogger(__name__).warning(
-                "the MLflow run couldn't be marked %s: the server actor is gone", status
-            )
-
     def close(self) -> None:
         """End all actors."""
         with suppress(RayActorError, RayTaskError, TimeoutError):  # client actors go with their owner in any case

@@ -56,10 +56,6 @@ class ExperimentHandle(Protocol):
         """Write the adapter, plots and result.json; returns the contents of result.json."""
         ...
 
-    def abandon(self, status: str) -> None:
-        """Close the tracking run of an experiment that ends early."""
-        ...
-
     def close(self) -> None:
         """Free processes and memory."""
         ...
@@ -140,10 +136,6 @@ class Experiment:
             history=history,
             adapter_dir=self._files.run_dir / "adapter",
         )
-
-    def abandon(self, status: str) -> None:
-        """Close the tracking run."""
-        self._tracker.finish(status, {}, {})
 
     def close(self) -> None:
         """Free what the pool holds."""

@@ -1,4 +1,4 @@
-"""The run directory: config.yaml, metrics.jsonl, result.json, checkpoints/, adapter/, plots/, personal/."""
+"""The run directory: config.yaml, metrics.jsonl, result.json, checkpoints/, plots/, adapter/."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ def create_run_directory(run_dir: Path, config: Config) -> None:
         write_text(run_dir / "config.yaml", resolved_yaml(config))
     except OSError as error:
         raise ConfigError(f"can't write the run directory {run_dir}: {error.strerror or error}") from error
+
+
+def discard_unused(run_dir: Path) -> None:
+    """Remove a run directory that holds nothing but its configuration, so that a mended run can take its place."""
+    if [path.name for path in run_dir.iterdir()] == ["config.yaml"]:
+        (run_dir / "config.yaml").unlink()
+        run_dir.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

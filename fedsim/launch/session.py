@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from fedsim.federation.checkpoint import ServerState
 from fedsim.federation.experiment import Experiment, ExperimentHandle, RunFiles
+from fedsim.federation.parts import choose_device
 from fedsim.federation.pool import InProcessPool
 from fedsim.federation.server import Server
-from fedsim.federation.setup import Setup, choose_device
+from fedsim.federation.setup import Setup
 from fedsim.federation.tracker import Tracker
 from fedsim.launch.record import open_record
 from fedsim.tracking.mlflow_tracker import MlflowTracker
@@ -67,11 +68,13 @@ def open_experiment(
     resources = config.resources
     started = start_ray(address=resources.address, num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
     try:
-        if started:
-            check_fits(demand_of(setup))
-        tracker, files = _record(setup, run_dir, mlflow_run_id, parent)
-        with _closing(RemoteExperiment(setup, files, tracker, state=state, status=status), tracker) as experiment:
-            yield experiment
+        # Ray put a handler of its own in place, which ends the process without a word to MLflow.
+        with ended_by_signals() if started else nullcontext():
+            if started:
+                check_fits(demand_of(setup))
+            tracker, files = _record(setup, run_dir, mlflow_run_id, parent)
+            with _closing(RemoteExperiment(setup, files, tracker, state=state, status=status), tracker) as experiment:
+                yield experiment
     finally:
         if started:
             stop_ray()
@@ -113,8 +116,10 @@ def _record(
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """SIGTERM ends a run like Ctrl-C does: cleanly, and marked KILLED."""
+    received: list[int] = []
 
     def stop(number: int, frame: object) -> None:
+        received.append(number)
         raise SystemExit(128 + number)
 
     try:
@@ -124,5 +129,9 @@ def ended_by_signals() -> Iterator[None]:
         return
     try:
         yield
+    except SystemExit:
+        if received:  # Ray's waiting calls turn every exit code into 1
+            raise SystemExit(128 + received[0]) from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)

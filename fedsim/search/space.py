@@ -89,7 +89,7 @@ def trial_config(config: Config, values: Mapping[str, Any]) -> Config:
     mapping = config.model_dump(mode="json") | {"search": {}}
     for name, value in values.items():
         _set(mapping, name, value)
-    return config_from_mapping(mapping, source=f"trial with {shown(values)}")
+    return config_from_mapping(mapping, source="trial")
 
 
 def shares_preparation(space: Mapping[str, SearchRange]) -> bool:

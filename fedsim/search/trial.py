@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +24,8 @@ from fedsim.tracking.mlflow_tracker import round_metrics
 from fedsim.tracking.store import RunHandle
 from fedsim.types import RoundResult
 
-ROUND = "round"
-"""The metric that counts rounds; ASHA compares trials by it."""
+ROUND, OBJECTIVE, METRICS = "round", "objective", "metrics"
+"""What a trial reports to Tune: the round, the searched metric, and all metrics by name."""
 
 
 class UnknownMetric(ConfigError):
@@ -70,7 +70,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # ray is not followed by the
             self._rounds.close()
 
 
-def run_trial(plan: TrialPlan, sample: Mapping[str, Any], trial: str) -> Iterator[dict[str, Any]]:
+def run_trial(plan: TrialPlan, sample: Mapping[str, Any], trial: str) -> Generator[dict[str, Any], None, None]:
     """Run a trial, round by round; closing the iterator before the last round ends it early, with all its results.
 
     Args:
@@ -79,7 +79,7 @@ def run_trial(plan: TrialPlan, sample: Mapping[str, Any], trial: str) -> Iterato
         trial: id of the trial.
 
     Yields:
-        The metrics of every round that has the searched metric, and "done" with the last one.
+        ROUND, OBJECTIVE and METRICS of every round that has the searched metric, and "done" with the last one.
 
     Raises:
         FedsimError: the configuration can't be run, or the run failed; also written to trial.json.
@@ -99,7 +99,7 @@ def run_trial(plan: TrialPlan, sample: Mapping[str, Any], trial: str) -> Iterato
         raise
 
 
-def _rounds(plan: TrialPlan, config: Config, run_dir: Path) -> Iterator[dict[str, Any]]:
+def _rounds(plan: TrialPlan, config: Config, run_dir: Path) -> Generator[dict[str, Any], None, None]:
     setup = replace(plan.setup, config=config) if shares_preparation(plan.config.search.space) else prepare(config)
     every, last, metric = config.experiment.evaluate_every, config.federation.global_rounds, plan.config.search.metric
     torch.set_num_threads(1)
@@ -112,13 +112,17 @@ def _rounds(plan: TrialPlan, config: Config, run_dir: Path) -> Iterator[dict[str
             if metric not in metrics or number == last:
                 continue
             try:
-                yield metrics
+                yield _report(metrics, metric, number)
             except GeneratorExit:
                 experiment.finish("FINISHED")
                 raise StoppedEarly from None
         experiment.finish("FINISHED")
     write_end(run_dir, TrialEnd("finished"))
-    yield {**metrics, "done": True}
+    yield _report(metrics, metric, last) | {"done": True}
+
+
+def _report(metrics: Mapping[str, float], metric: str, number: int) -> dict[str, Any]:
+    return {ROUND: number, OBJECTIVE: metrics[metric], METRICS: dict(metrics)}
 
 
 def _missing(metric: str, result: RoundResult) -> FedsimError:

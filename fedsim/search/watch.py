@@ -11,9 +11,9 @@ from ray import tune
 
 from fedsim.config import Config
 from fedsim.search.display import SearchDisplay
-from fedsim.search.records import Status, TrialRecord, SearchRecord, TrialEnd, read_end, unended, write_search
+from fedsim.search.records import SearchRecord, TrialEnd, TrialRecord, read_end, unended, write_search
 from fedsim.search.space import parameters
-from fedsim.search.trial import ROUND
+from fedsim.search.trial import METRICS, ROUND
 
 END_WAIT_S = 300.0
 """How long trials that were stopped may take to write their results after the last one ended."""
@@ -52,26 +52,23 @@ class Watch(tune.Callback, tune.Stopper):  # type: ignore[misc]  # ray is not fo
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A new row."""
-        run_dir = self._search_dir / "trials" / trial.trial_id
-        sampled = parameters(self._search.space, trial.config)
-        self._put(TrialRecord(trial.trial_id, sampled, "running", 0, {}, str(run_dir)))
+        self._put(self._known(trial))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """The numbers of a round."""
-        known = self.record.trials[trial.trial_id]
-        numbers = {name: value for name, value in result.items() if isinstance(value, float) and "/" in name}
-        self._put(replace(known, rounds=int(result[ROUND]), metrics=numbers))
+        known = self._known(trial)
+        self._put(replace(known, rounds=int(result[ROUND]), metrics=dict(result[METRICS])))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial ran all its rounds or was stopped."""
-        known = self.record.trials[trial.trial_id]
+        known = self._known(trial)
         self._end(known, TrialEnd("finished" if known.rounds >= self._total_rounds else "stopped early"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial failed; its process said why, unless it died."""
-        known = self.record.trials[trial.trial_id]
+        known = self._known(trial)
         died = TrialEnd("failed", f"its process died; Ray's words are in {trial.local_path}/error.txt")
         end = read_end(Path(known.run_dir)) or died
         if end.stop_search:
@@ -86,6 +83,25 @@ class Watch(tune.Callback, tune.Stopper):  # type: ignore[misc]  # ray is not fo
         until = time.monotonic() + END_WAIT_S
         while unended(known for known in ended if known.status == "stopped early") and time.monotonic() < until:
             time.sleep(0.1)
+
+    def settle(self) -> SearchRecord:
+        """The record after Tune: as trials wrote it themselves, and "interrupted" where they couldn't."""
+        for known in self.record.trials.values():
+            end = read_end(Path(known.run_dir))
+            if end is not None:
+                self.record = self.record.put(replace(known, status=end.status, reason=end.reason))
+            elif known.status in ("running", "stopped early"):
+                self.record = self.record.put(replace(known, status="interrupted"))
+        write_search(self._search_dir / "search.json", self.record)
+        return self.record
+
+    def _known(self, trial: Any) -> TrialRecord:
+        """The trial's record so far; Tune reports a process that can't be started without a start."""
+        if trial.trial_id in self.record.trials:
+            return self.record.trials[trial.trial_id]
+        run_dir = self._search_dir / "trials" / trial.trial_id
+        sampled = parameters(self._search.space, trial.config)
+        return TrialRecord(trial.trial_id, sampled, "running", 0, {}, str(run_dir))
 
     def _end(self, known: TrialRecord, end: TrialEnd) -> None:
         ended = replace(known, status=end.status, reason=end.reason)

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fedsim import __version__
 from fedsim.tracking.store import RunHandle, open_client, patience
 
 REQUIREMENTS = ("fedsim-a2v", "torch", "safetensors", "numpy")
@@ -84,4 +85,4 @@ def _requirement(package: str) -> str:
     try:
         return f"{package}=={version(package).partition('+')[0]}"
     except PackageNotFoundError:  # fedsim run from its source tree
-        return package
+        return f"{package}=={__version__}"
