@@ -79,7 +79,8 @@ class Sgd:
 
 def clip_(grads: Stack, max_norm: float) -> None:
     """Scale each client's gradients, in place, so that their joint norm is at most `max_norm` (as torch's clipping)."""
-    norms = [torch.linalg.vector_norm(g.reshape(g.shape[0], -1), dim=1) for g in grads.values()]
+    # In name order: a sum's bits depend on its order, and names come back from a checkpoint in another one.
+    norms = [torch.linalg.vector_norm(grads[name].reshape(len(grads[name]), -1), dim=1) for name in sorted(grads)]
     # [K, P]: along the last axis a sum's order doesn't depend on K; along the first one it would.
     total = torch.linalg.vector_norm(torch.stack(norms, dim=1), dim=1)
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)

@@ -11,8 +11,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from fedsim.cluster.actors import ServerActor
 from fedsim.cluster.resources import ACTOR_ENVIRONMENT, Demand, check_fits
+from fedsim.cluster.server_actor import ServerActor
 from fedsim.errors import FedsimError, ResourceError
 from fedsim.federation.checkpoint import ServerState
 from fedsim.federation.experiment import RunFiles

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
-from fedsim.cluster.actors import ClientActor
+from fedsim.cluster.client_actor import ClientActor
 from fedsim.cluster.resources import ACTOR_ENVIRONMENT
 from fedsim.cluster.wire import pack_block, pack_broadcast, unpack_update
 from fedsim.errors import ClientError, FedsimError, ResourceError

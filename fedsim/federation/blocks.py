@@ -135,12 +135,13 @@ class BlockTrainer:
         evaluate_own = partial(evaluate_stack, parts.model, params, clients, objective=parts.objective)
         before = evaluate_own(batch_size=self._how.batch_size)
         losses = train_stack(parts.model, params, clients, objective=parts.objective, how=self._how)
-        self._require_finite(params, losses, ids, broadcast.round_number)
+        self._require_finite(params, losses, ids, broadcast.round_number, "local training")
         after = evaluate_own(
             batch_size=self._how.batch_size,
             stats_min_count=self._config.privacy.min_count,
             share_variances=self._config.privacy.share_variances,
         )
+        self._require_finite(params, after.loss, ids, broadcast.round_number, "evaluation after local training")
         examples = np.array([len(c.labels) for c in clients])
         weights = np.array([self._aggregator.weight(int(n)) for n in examples])
         factor = torch.from_numpy(weights.astype(np.float32)).to(parts.device)
@@ -178,7 +179,7 @@ class BlockTrainer:
         return np.array(scores)
 
     def _require_finite(
-        self, params: Mapping[str, Tensor], losses: np.ndarray, ids: Sequence[int], round_number: int
+        self, params: Mapping[str, Tensor], losses: np.ndarray, ids: Sequence[int], round_number: int, phase: str
     ) -> None:
         finite = np.isfinite(losses)
         for p in params.values():
@@ -186,7 +187,7 @@ class BlockTrainer:
         for client, good, loss in zip(ids, finite, losses, strict=True):
             if not good:
                 raise ClientError(
-                    f"client {self._setup.client_names[client]}, round {round_number}, phase local training: "
+                    f"client {self._setup.client_names[client]}, round {round_number}, phase {phase}: "
                     f"non-finite update (loss {loss:.4g}); lower training.learning_rate or set training.clip_norm"
                 )
 

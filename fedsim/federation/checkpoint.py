@@ -149,6 +149,8 @@ def _read_document(folder: Path) -> dict[str, Any]:
         for key, kind in (("round", int), ("config", dict), ("sha256", dict)):
             if not isinstance(document[key], kind):
                 raise TypeError(f"{key} is no {kind.__name__}")
+        if "adapter.safetensors" not in document["sha256"]:
+            raise ValueError("it names no adapter.safetensors")
         return {"mlflow_run_id": None, **document}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}/state.json is damaged or missing ({type(error).__name__}: {error})") from error

@@ -28,6 +28,10 @@ def check_update(
 def _problem(update: BlockUpdate, block: Block, adapter: AdapterState, min_count: int) -> str | None:
     if tuple(update.metrics.client.tolist()) != block.client_ids:
         return f"it is about clients {update.metrics.client.tolist()}"
+    if update.delta_sum is None and update.personal.keys() != set(block.client_ids):
+        return "it holds no update of its clients"
+    if not np.isfinite(update.weight_sum):
+        return f"its weight is {update.weight_sum}"
     states = [update.delta_sum] if update.delta_sum is not None else list(update.personal.values())
     for state in states:
         problem = _state_problem(state, adapter)

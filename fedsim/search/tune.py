@@ -159,46 +159,47 @@ def _fit(plan: TrialPlan, search_dir: Path, console: Console) -> SearchRecord:
     Raises:
         ConfigError: the metric doesn't exist.
     """
-    config, search = plan.config, plan.config.search
-    rounds = config.federation.global_rounds
-    with SearchDisplay(search.num_trials, total_rounds=rounds, console=console) as display, _quiet_tune():
-        watch = Watch(config, search_dir, display)
-        tuner = tune.Tuner(
-            tune.with_resources(
-                tune.with_parameters(Trial, plan=plan), tune.PlacementGroupFactory(trial_bundles(config))
-            ),
-            tune_config=tune.TuneConfig(
-                search_alg=OptunaSearch(
-                    distributions(search.space), metric=OBJECTIVE, mode=search.mode, seed=config.experiment.seed
-                ),
-                scheduler=ASHAScheduler(
-                    time_attr=ROUND,
-                    metric=OBJECTIVE,
-                    mode=search.mode,
-                    max_t=rounds,
-                    grace_period=min(search.grace_period, rounds),
-                    reduction_factor=search.reduction_factor,
-                ),
-                num_samples=search.num_trials,
-                max_concurrent_trials=search.max_concurrent,
-                trial_dirname_creator=lambda trial: trial.trial_id,
-            ),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=str(search_dir),
-                verbose=0,
-                callbacks=[watch],
-                stop=watch,
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            ),
-        )
+    num_trials, rounds = plan.config.search.num_trials, plan.config.federation.global_rounds
+    with SearchDisplay(num_trials, total_rounds=rounds, console=console) as display, _quiet_tune():
+        watch = Watch(plan.config, search_dir, display)
         try:
-            tuner.fit()
+            _make_tuner(plan, search_dir, watch).fit()
         finally:
             record = watch.settle()
     if watch.stop_reason:
         raise ConfigError(watch.stop_reason)
     return record
+
+
+def _make_tuner(plan: TrialPlan, search_dir: Path, watch: Watch) -> Any:
+    """Tune, with Optuna seeded by the experiment, ASHA by rounds, and a placement group per trial."""
+    config, search = plan.config, plan.config.search
+    rounds = config.federation.global_rounds
+    goal = {"metric": OBJECTIVE, "mode": search.mode}
+    return tune.Tuner(
+        tune.with_resources(tune.with_parameters(Trial, plan=plan), tune.PlacementGroupFactory(trial_bundles(config))),
+        tune_config=tune.TuneConfig(
+            search_alg=OptunaSearch(distributions(search.space), seed=config.experiment.seed, **goal),
+            scheduler=ASHAScheduler(
+                time_attr=ROUND,
+                max_t=rounds,
+                grace_period=min(search.grace_period, rounds),
+                reduction_factor=search.reduction_factor,
+                **goal,
+            ),
+            num_samples=search.num_trials,
+            max_concurrent_trials=search.max_concurrent,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(search_dir),
+            verbose=0,
+            callbacks=[watch],
+            stop=watch,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    )
 
 
 @contextmanager

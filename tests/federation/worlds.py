@@ -1,34 +1,43 @@
-"""Tiny but whole federations for tests: synthetic sounds, log-mel embeddings, seeded targets, small adapters."""
+"""Tiny but whole federations for tests: synthetic sounds, log-mel embeddings, seeded targets, small adapters.
+
+Widths are multiples of 16: the matrix library gives a client the same bits at every place of a stack only when its
+matrices begin on cache lines.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fedsim.config import Config, config_from_mapping
-from fedsim.federation.experiment import Experiment, RunFiles
-from fedsim.federation.pool import ClientPool, InProcessPool
+from fedsim.data.partition import Partition
+from fedsim.data.store import write_store
+from fedsim.federation.pool import ClientPool, InProcessPool, LostBlock
 from fedsim.federation.server import Server
-from fedsim.federation.setup import Setup, prepare
-from fedsim.tracking.null_tracker import NullTracker
+from fedsim.federation.setup import Setup
+from fedsim.models.saved import digest
+from fedsim.types import Block, BlockUpdate, Broadcast, RoundResult
 
 CPU = torch.device("cpu")
-SMALL = {"preset": "mlp", "hidden": [8]}
+CLASSES = ["dog", "rain", "sneezing", "chainsaw"]
 TINY = {
     "experiment": {"name": "tiny", "seed": 7},
-    "data": {"name": "synthetic", "clips_per_class": 6, "classes": ["dog", "rain", "sneezing", "chainsaw"]},
+    "data": {"name": "synthetic", "clips_per_class": 8, "classes": CLASSES},
     "federation": {"num_clients": 7, "global_rounds": 4, "partition": "dirichlet", "alpha": 0.5},
     "model": {
-        "heads": {"clip": [8], "t5": [3, 12]},
-        "audio_encoder": {"name": "logmel", "segments": 2, "dim": 32},
+        "heads": {"clip": [16], "t5": [4, 16]},
+        "audio_encoder": {"name": "logmel", "segments": 4, "dim": 32},
         "text_encoder": {"name": "seeded"},
-        "adapters": {"clip": SMALL, "t5": {"preset": "slim", "hidden": [8], "width": 8, "num_heads": 2}},
+        "adapters": {
+            "clip": {"preset": "mlp", "hidden": [16]},
+            "t5": {"preset": "slim", "hidden": [16], "width": 16, "num_heads": 2},
+        },
     },
-    "training": {"batch_size": 2, "learning_rate": 0.01},
+    "training": {"batch_size": 4, "learning_rate": 0.01},
     "feda2v": {
         "adapter_aggregation_mode": "weighted",
         "generator_hidden_dim": 16,
@@ -53,9 +62,80 @@ def tiny_config(*overrides: str) -> Config:
 
 
 def reconfigured(setup: Setup, *overrides: str) -> Setup:
-    """The same data, partition and targets under another configuration of rounds, training or server."""
+    """The same data, partition and targets with another configuration of training, server or resources."""
     return replace(setup, config=tiny_config(*overrides))
+
+
+def only_client(setup: Setup, client: int) -> Setup:
+    """The same federation with the recordings of one client, which becomes client 0."""
+    rows = setup.partition.client(client)
+    return replace(setup, partition=Partition(np.array([0, len(rows)]), rows))
+
+
+def hand_made(
+    setup: Setup, folder: Path, *, rows: np.ndarray, labels: np.ndarray, clients: Sequence[Sequence[int]]
+) -> Setup:
+    """A federation whose recordings have the given embeddings [N, S, D]; `clients` lists their row numbers."""
+    store = write_store(cache_dir=folder, fingerprint="hand-made", hashes=[str(n) for n in range(len(rows))], rows=rows)
+    counts = [len(own) for own in clients]
+    return replace(
+        setup,
+        store_path=store.path,
+        labels=np.asarray(labels, dtype=np.int64),
+        partition=Partition(np.concatenate([[0], np.cumsum(counts)]), np.concatenate(clients).astype(np.int64)),
+        client_names=tuple(map(str, range(len(clients)))),
+    )
 
 
 def make_server(setup: Setup, *, pool: ClientPool | None = None, **kwargs) -> Server:
     return Server(setup, pool or InProcessPool(setup, CPU), device=CPU, **kwargs)
+
+
+def run(setup: Setup, rounds: int | None = None, **kwargs) -> tuple[Server, list[RoundResult]]:
+    """A server after its rounds, and their results."""
+    server = make_server(setup, **kwargs)
+    last = setup.config.federation.global_rounds if rounds is None else rounds
+    return server, [server.run_round() for _ in range(server.state.round_number, last)]
+
+
+def digest_after(setup: Setup, rounds: int | None = None, **kwargs) -> str:
+    return digest(run(setup, rounds, **kwargs)[0].state.adapter)
+
+
+def numbers(results: Sequence[RoundResult]) -> list[dict[str, float]]:
+    """Everything that must be repeatable of some rounds: all but times."""
+    return [
+        {name: value for name, value in r.metrics.items() if name != "clients/per_second"}
+        | {"cohort": r.cohort_size, "up": r.bytes_up, "down": r.bytes_down, "lost": len(r.lost)}
+        for r in results
+    ]
+
+
+class ReorderedPool:
+    """Trains in this process and answers in another order; any pool may."""
+
+    def __init__(self, setup: Setup, reorder: Callable[[list[BlockUpdate], int], list[BlockUpdate]]) -> None:
+        self._pool, self._reorder = InProcessPool(setup, CPU), reorder
+
+    def train(self, blocks: Sequence[Block], broadcast: Broadcast) -> Iterator[BlockUpdate | LostBlock]:
+        yield from self._reorder(list(self._pool.train(blocks, broadcast)), broadcast.round_number)
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+class LossyPool:
+    """Loses some blocks of every round."""
+
+    def __init__(self, setup: Setup, lost: set[int]) -> None:
+        self._pool, self._lost = InProcessPool(setup, CPU), lost
+
+    def train(self, blocks: Sequence[Block], broadcast: Broadcast) -> Iterator[BlockUpdate | LostBlock]:
+        for block in blocks:
+            if block.index in self._lost:
+                yield LostBlock(block.index, block.client_ids, "the network is down")
+            else:
+                yield from self._pool.train([block], broadcast)
+
+    def close(self) -> None:
+        self._pool.close()

@@ -150,9 +150,7 @@ def test_cof_tells_classes_apart_when_there_are_many_clients():
 
 
 def test_cof_by_hand():
-    stats = ClassStats(
-        np.array([0, 1]), np.array([0, 0]), np.array([2, 6]), torch.tensor([[[1.0]], [[5.0]]]), None, {}
-    )
+    stats = ClassStats(np.array([0, 1]), np.array([0, 0]), np.array([2, 6]), torch.tensor([[[1.0]], [[5.0]]]), None, {})
     generator = make_generator("cof", SPEC)
     generator.fit(stats, CONDITION[:1], epochs=1, stream=rng(0, "x"))
     # mean (2 * 1 + 6 * 5) / 8 = 4; spread 2 * 9 + 6 * 1 = 24 with one degree of freedom, alone its own pool
@@ -282,7 +280,9 @@ def test_training_lowers_the_distance_to_the_class_means(kind, trained):
     assert distance(trained[kind]) < 0.5 * distance(fitted(kind, epochs=1))
 
 
-@pytest.mark.parametrize(("total", "share", "first"), [(7, 0.5, 4), (10, 0.3, 3), (4, 1.0, 4), (5, 0.01, 1), (1, 0.5, 1)])
+@pytest.mark.parametrize(
+    ("total", "share", "first"), [(7, 0.5, 4), (10, 0.3, 3), (4, 1.0, 4), (5, 0.01, 1), (1, 0.5, 1)]
+)
 def test_beta_is_one_from_the_end_of_the_warm_up_on_over_several_fits(total, share, first):
     assert first == max(1, math.ceil(share * total))
     stats, betas = federation(2), []

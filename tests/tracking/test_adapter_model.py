@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,21 @@ def test_the_model_belongs_to_the_run_has_a_signature_and_no_pickle(
     assert not [name for name in files if name.endswith((".pkl", ".pt", ".pth", ".pickle"))]
     assert mlflow.models.Model.load(str(folder)).signature.inputs.inputs[0].shape == (-1, 2, 8)
     assert "safetensors==" in (folder / "requirements.txt").read_text()
+
+
+def test_logging_the_model_is_quiet_and_names_the_version_of_fedsim(handle: RunHandle, adapter_dir: Path) -> None:
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append
+    logging.getLogger("mlflow").addHandler(handler)
+    try:
+        log_adapter_model(handle, adapter_dir)
+    finally:
+        logging.getLogger("mlflow").removeHandler(handler)
+    assert [record.getMessage() for record in records] == []
+    [model] = open_client(handle.uri).search_logged_models([handle.experiment_id])
+    folder = Path(model.artifact_location.removeprefix("file://"))
+    assert f"fedsim-a2v=={fedsim.__version__}" in (folder / "requirements.txt").read_text()
 
 
 def test_no_active_run_or_tracking_address_is_left_behind(handle: RunHandle, adapter_dir: Path) -> None:

@@ -9,7 +9,6 @@ telling the few statistics apart at once.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 
 import numpy as np
@@ -27,8 +26,16 @@ from fedsim.models.generators.networks import (
     require_finite,
     shuffled_batches,
 )
-from fedsim.models.generators.report import FitReport
-from fedsim.models.generators.rows import NOT_FITTED, check_width, class_draws, expand_condition, moments
+from fedsim.models.generators.report import ClassLosses, FitReport
+from fedsim.models.generators.rows import (
+    NOT_FITTED,
+    Standardizer,
+    check_shape,
+    check_width,
+    expand_condition,
+    moments,
+    shape_of,
+)
 from fedsim.seeding import normal, rng
 from fedsim.types import ClassStats
 
@@ -62,7 +69,7 @@ class Gan:
         self._learning_rate, self._batch_size, self._rows_per_class = learning_rate, batch_size, rows_per_class
         self._shape: tuple[int, int, int] | None = None
 
-    def _build(self, segments: int, dim: int, condition_dim: int, device: torch.device) -> None:
+    def _build(self, segments: int, dim: int, condition_dim: int, device: torch.device) -> tuple[int, int, int]:
         size, hidden = segments * dim, self._hidden_dim
         maker = perceptron(
             [self._latent_dim + condition_dim, hidden, hidden, size], rng(self._seed, "generator-init", "maker")
@@ -71,9 +78,8 @@ class Gan:
         self._maker, self._judge = maker.to(device), judge.to(device)
         self._maker_optimizer = adamw(self._maker.parameters(), self._learning_rate, (0.5, 0.999))
         self._judge_optimizer = adamw(self._judge.parameters(), self._learning_rate, (0.5, 0.999))
-        self._mean = torch.zeros(segments, dim, device=device)
-        self._deviation = torch.ones(segments, dim, device=device)
         self._shape = (segments, dim, condition_dim)
+        return self._shape
 
     def fit(self, stats: ClassStats, condition: Tensor, *, epochs: int, stream: np.random.Generator) -> FitReport:
         """Train on draws from the class statistics; see `Vae.fit`.
@@ -81,19 +87,12 @@ class Gan:
         Raises:
             ModelError: another embedding shape or condition width than in earlier fits, or a non-finite loss.
         """
-        segments, dim = stats.audio_mean.shape[1:]
-        shape = (segments, dim, condition.shape[1])
-        if self._shape is None:
-            self._build(*shape, stats.audio_mean.device)
-        if shape != self._shape:
-            raise ModelError(
-                f"incompatible dimensions: the generator was built for [S, D, V] {self._shape}, got {shape}"
-            )
-        self._mean, self._deviation = moments(stats)
+        built = self._shape or self._build(*shape_of(stats, condition), stats.audio_mean.device)
+        check_shape(built, stats, condition)
+        self._standard = Standardizer(*moments(stats))
         history = []
         for _ in range(epochs):
-            labels, drawn = class_draws(stats, self._rows_per_class, stream)
-            x = ((drawn - self._mean) / self._deviation).flatten(1)
+            labels, x = self._standard.draws(stats, self._rows_per_class, stream)
             history.append(self._epoch_of(x, condition, labels, stream))
         fake = self._make(condition[torch.from_numpy(labels)], stream).detach()
         spread = fake.var(0, unbiased=False).mean() / x.var(0, unbiased=False).mean()
@@ -112,7 +111,7 @@ class Gan:
     def _epoch_of(
         self, x: Tensor, condition: Tensor, labels: np.ndarray, stream: np.random.Generator
     ) -> Mapping[int, Mapping[str, float]]:
-        sums: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        losses = ClassLosses(self._rows_per_class)
         for batch in shuffled_batches(len(x), self._batch_size, stream):
             v = condition[torch.from_numpy(labels[batch])]
             real, fake = self._verdict(x[batch], v, stream), self._verdict(self._make(v, stream).detach(), v, stream)
@@ -126,10 +125,8 @@ class Gan:
                 "d_real": torch.sigmoid(real),
                 "d_fake": torch.sigmoid(fake),
             }
-            for name, values in columns.items():
-                for label, value in zip(labels[batch], values.tolist(), strict=True):
-                    sums[int(label)][name] += value / self._rows_per_class
-        return {label: dict(parts) for label, parts in sorted(sums.items())}
+            losses.add(labels[batch], columns)
+        return losses.means()
 
     @staticmethod
     def _update(network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, what: str) -> None:
@@ -150,7 +147,7 @@ class Gan:
             raise ModelError(NOT_FITTED)
         check_width(condition, self._shape[2])
         x = self._make(expand_condition(condition, n), stream)
-        return self._mean + self._deviation * x.view(n, *self._mean.shape)
+        return self._standard.restore(x)
 
     def state(self) -> dict[str, Tensor]:
         """Weights, optimisers and standardisation; empty before the first fit."""
@@ -163,7 +160,11 @@ class Gan:
             "judge_optimizer": optimizer_state(self._judge_optimizer),
         }
         flat = {f"{group}.{name}": tensor.clone() for group, state in tensors.items() for name, tensor in state.items()}
-        return flat | {"mean": self._mean, "deviation": self._deviation, "shape": torch.tensor(self._shape)}
+        return flat | {
+            "mean": self._standard.mean,
+            "deviation": self._standard.deviation,
+            "shape": torch.tensor(self._shape),
+        }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take a state from `state()`."""
@@ -175,4 +176,4 @@ class Gan:
         self._judge.load_state_dict(part(state, "judge"))
         load_optimizer(self._maker_optimizer, part(state, "maker_optimizer"))
         load_optimizer(self._judge_optimizer, part(state, "judge_optimizer"))
-        self._mean, self._deviation = state["mean"], state["deviation"]
+        self._standard = Standardizer(state["mean"], state["deviation"])

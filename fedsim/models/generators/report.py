@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -25,3 +29,25 @@ class FitReport:
             return 0.0
         losses = [parts["loss"] for parts in self.epochs[-1].values()]
         return sum(losses) / len(losses)
+
+
+class ClassLosses:
+    """Mean of every loss over the rows of every class in one epoch.
+
+    Args:
+        rows_per_class: rows of each class in the epoch.
+    """
+
+    def __init__(self, rows_per_class: int) -> None:
+        self._rows = rows_per_class
+        self._sums: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+
+    def add(self, labels: np.ndarray, losses: Mapping[str, Tensor]) -> None:
+        """Add rows: labels [n], and by name the loss of every row [n]."""
+        for name, values in losses.items():
+            for label, value in zip(labels.tolist(), values.tolist(), strict=True):
+                self._sums[label][name] += value / self._rows
+
+    def means(self) -> dict[int, dict[str, float]]:
+        """Class number -> means by name, in the order of class numbers."""
+        return {label: dict(parts) for label, parts in sorted(self._sums.items())}

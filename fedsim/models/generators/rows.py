@@ -6,6 +6,7 @@ Legend: M rows of class statistics, C classes, V condition width, S segments, D 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -119,3 +120,41 @@ def check_width(condition: Tensor, width: int) -> None:
             f"incompatible dimensions: the generator was fitted with conditions of width {width}, "
             f"got width {condition.shape[-1]}"
         )
+
+
+def check_shape(built: tuple[int, int, int], stats: ClassStats, condition: Tensor) -> None:
+    """Refuse statistics or conditions that a network built for [S, D, V] can't take.
+
+    Raises:
+        ModelError: the shapes differ.
+    """
+    given = shape_of(stats, condition)
+    if given != built:
+        raise ModelError(f"incompatible dimensions: the generator was built for [S, D, V] {built}, got {given}")
+
+
+def shape_of(stats: ClassStats, condition: Tensor) -> tuple[int, int, int]:
+    """(S, D, V) of statistics and conditions."""
+    segments, dim = stats.audio_mean.shape[1:]
+    return segments, dim, condition.shape[1]
+
+
+@dataclass(frozen=True)
+class Standardizer:
+    """Brings audio embeddings to zero mean and unit deviation per coordinate, as flat rows, and back.
+
+    Attributes:
+        mean, deviation: [S, D].
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def draws(self, stats: ClassStats, per_class: int, stream: np.random.Generator) -> tuple[np.ndarray, Tensor]:
+        """`per_class` draws of every class: labels [n] and standardised rows [n, S * D]."""
+        labels, drawn = class_draws(stats, per_class, stream)
+        return labels, ((drawn - self.mean) / self.deviation).flatten(1)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Standardised rows [n, S * D] -> audio embeddings [n, S, D]."""
+        return self.mean + self.deviation * x.view(len(x), *self.mean.shape)

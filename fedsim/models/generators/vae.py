@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 
 import numpy as np
@@ -38,8 +37,16 @@ from fedsim.models.generators.networks import (
     require_finite,
     shuffled_batches,
 )
-from fedsim.models.generators.report import FitReport
-from fedsim.models.generators.rows import NOT_FITTED, check_width, class_draws, expand_condition, moments
+from fedsim.models.generators.report import ClassLosses, FitReport
+from fedsim.models.generators.rows import (
+    NOT_FITTED,
+    Standardizer,
+    check_shape,
+    check_width,
+    expand_condition,
+    moments,
+    shape_of,
+)
 from fedsim.seeding import normal, rng
 from fedsim.types import ClassStats
 
@@ -88,7 +95,7 @@ class Vae:
         """Weight of the KL term in the coming epoch: min(1, (t + 1) / warm-up epochs)."""
         return min(1.0, (self._epoch + 1) / self._warmup_epochs)
 
-    def _build(self, segments: int, dim: int, condition_dim: int, device: torch.device) -> None:
+    def _build(self, segments: int, dim: int, condition_dim: int, device: torch.device) -> tuple[int, int, int]:
         size, hidden = segments * dim, self._hidden_dim
         encoder = perceptron(
             [size + condition_dim, hidden, hidden, 2 * self._latent_dim], rng(self._seed, "generator-init", "encoder")
@@ -98,10 +105,9 @@ class Vae:
         )
         self._network = nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(device)
         self._optimizer = adamw(self._network.parameters(), self._learning_rate, (0.9, 0.999))
-        self._mean = torch.zeros(segments, dim, device=device)
-        self._deviation = torch.ones(segments, dim, device=device)
         self._residual = torch.ones(size, device=device)
         self._shape = (segments, dim, condition_dim)
+        return self._shape
 
     def fit(self, stats: ClassStats, condition: Tensor, *, epochs: int, stream: np.random.Generator) -> FitReport:
         """Train on draws from the class statistics.
@@ -115,19 +121,12 @@ class Vae:
         Raises:
             ModelError: another embedding shape or condition width than in earlier fits, or a non-finite loss.
         """
-        segments, dim = stats.audio_mean.shape[1:]
-        shape = (segments, dim, condition.shape[1])
-        if self._shape is None:
-            self._build(*shape, stats.audio_mean.device)
-        if shape != self._shape:
-            raise ModelError(
-                f"incompatible dimensions: the generator was built for [S, D, V] {self._shape}, got {shape}"
-            )
-        self._mean, self._deviation = moments(stats)
+        built = self._shape or self._build(*shape_of(stats, condition), stats.audio_mean.device)
+        check_shape(built, stats, condition)
+        self._standard = Standardizer(*moments(stats))
         history = []
         for _ in range(epochs):
-            labels, drawn = class_draws(stats, self._rows_per_class, stream)
-            x = ((drawn - self._mean) / self._deviation).flatten(1)
+            labels, x = self._standard.draws(stats, self._rows_per_class, stream)
             history.append(self._epoch_of(x, condition, labels, stream))
             self._epoch += 1
         return FitReport(tuple(history), self._measure(x, condition[torch.from_numpy(labels)], stream))
@@ -135,7 +134,7 @@ class Vae:
     def _epoch_of(
         self, x: Tensor, condition: Tensor, labels: np.ndarray, stream: np.random.Generator
     ) -> Mapping[int, Mapping[str, float]]:
-        sums: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        losses = ClassLosses(self._rows_per_class)
         for batch in shuffled_batches(len(x), self._batch_size, stream):
             v = condition[torch.from_numpy(labels[batch])]
             noisy = x[batch] + INPUT_NOISE * normal(stream, *x[batch].shape).to(x.device)
@@ -146,10 +145,8 @@ class Vae:
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self._network.parameters(), CLIP_NORM, foreach=False)
             self._optimizer.step()
-            for name, values in parts.items():
-                for label, value in zip(labels[batch], values.tolist(), strict=True):
-                    sums[int(label)][name] += value / self._rows_per_class
-        return {label: {"loss": sum(parts.values()), **parts} for label, parts in sorted(sums.items())}
+            losses.add(labels[batch], parts)
+        return {label: {"loss": sum(parts.values()), **parts} for label, parts in losses.means().items()}
 
     def _encode(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         mu, log_variance = self._network["encoder"](torch.cat([x, v], 1)).chunk(2, dim=1)
@@ -162,7 +159,7 @@ class Vae:
         decoded = self._network["decoder"](torch.cat([z, v], 1))
         squared = (decoded - x).square().mean(1)
         kl = 0.5 * (mu.square() + log_variance.exp() - 1 - log_variance).sum(1)
-        segments = self._mean.shape[0]
+        segments = self._standard.mean.shape[0]
         unlike = 1 - functional.cosine_similarity(
             decoded.view(len(x), segments, -1), x.view(len(x), segments, -1), dim=-1
         ).mean(1)
@@ -208,7 +205,7 @@ class Vae:
         noise = normal(stream, *x.shape).to(v.device)
         if self._calibrated:
             x = x + self._residual.sqrt() * noise
-        return self._mean + self._deviation * x.view(n, *self._mean.shape)
+        return self._standard.restore(x)
 
     def state(self) -> dict[str, Tensor]:
         """Weights, optimiser, standardisation and the epoch counter; empty before the first fit."""
@@ -217,8 +214,8 @@ class Vae:
         return {
             **{f"network.{name}": tensor.clone() for name, tensor in self._network.state_dict().items()},
             **{f"optimizer.{name}": tensor for name, tensor in optimizer_state(self._optimizer).items()},
-            "mean": self._mean,
-            "deviation": self._deviation,
+            "mean": self._standard.mean,
+            "deviation": self._standard.deviation,
             "residual": self._residual,
             "shape": torch.tensor(self._shape),
             "epoch": torch.tensor(self._epoch),
@@ -232,5 +229,6 @@ class Vae:
         self._build(segments, dim, condition_dim, state["mean"].device)
         self._network.load_state_dict(part(state, "network"))
         load_optimizer(self._optimizer, part(state, "optimizer"))
-        self._mean, self._deviation, self._residual = state["mean"], state["deviation"], state["residual"]
+        self._standard = Standardizer(state["mean"], state["deviation"])
+        self._residual = state["residual"]
         self._epoch = int(state["epoch"])

@@ -1,4 +1,4 @@
-"""The two kinds of Ray actors: one trains blocks, the other runs the server."""
+"""The Ray actor that runs the server."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from fedsim.cluster.wire import pack_update, unpack_block, unpack_broadcast
-from fedsim.federation.blocks import BlockTrainer
+from fedsim.cluster.pool import RayPool
 from fedsim.federation.checkpoint import ServerState
 from fedsim.federation.experiment import Experiment, RunFiles
 from fedsim.federation.parts import choose_device
@@ -18,27 +15,6 @@ from fedsim.federation.server import Server
 from fedsim.federation.setup import Setup
 from fedsim.federation.tracker import Tracker
 from fedsim.types import RoundResult
-
-
-class ClientActor:
-    """Trains whole blocks; holds data and buffers, never a client's state.
-
-    Args:
-        setup: what the driver prepared (Ray resolves the reference).
-        gpus: GPUs the actor was given; with any, and a GPU present, it trains there.
-    """
-
-    def __init__(self, setup: Setup, gpus: float) -> None:
-        torch.set_num_threads(1)
-        self._trainer = BlockTrainer(setup, choose_device(gpus))
-
-    def ready(self) -> bool:
-        """Answer once the constructor is through."""
-        return True
-
-    def train(self, block: Any, broadcast: Any) -> dict[str, Any]:
-        """One block: packed in, packed out."""
-        return pack_update(self._trainer.train(unpack_block(block), unpack_broadcast(broadcast)))
 
 
 class ServerActor:
@@ -59,8 +35,6 @@ class ServerActor:
         self._status: Mapping[str, Any] = {}
         self._records: deque[tuple[str, int, str]] = deque()
         self._capture_logs(log_level)
-        from fedsim.cluster.pool import RayPool
-
         resources = setup.config.resources
         pool = RayPool(
             setup,

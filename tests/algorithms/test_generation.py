@@ -1,0 +1,118 @@
+"""What the generator is trained on and asked for, and how its losses are told."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from clients import C, D, S, class_stats, targets_of, world
+
+from fedsim.algorithms.generation import (
+    class_means,
+    conditions,
+    describe_epoch,
+    draw_synthetic,
+    merge_buffer,
+)
+from fedsim.algorithms.objective import make_objective
+from fedsim.models.generators import GeneratorSpec, make_generator
+from fedsim.seeding import rng
+from fedsim.types import ClassStats
+
+STATS = class_stats([(0, 0, 6), (0, 2, 2), (3, 0, 2), (5, 2, 2)])  # nobody holds classes 1 and 3
+
+
+def pairs(stats: ClassStats) -> list[tuple[int, int]]:
+    return list(zip(stats.client.tolist(), stats.label.tolist(), strict=True))
+
+
+def test_the_buffer_keeps_the_newest_row_of_every_client_and_class():
+    old = class_stats([(0, 0, 9), (1, 1, 9), (2, 2, 9)], seed=1)
+    fresh = class_stats([(4, 3, 5), (0, 0, 3), (2, 1, 3)], seed=2)
+    merged = merge_buffer(old, fresh, capacity=10)
+    assert pairs(merged) == [(0, 0), (1, 1), (2, 1), (2, 2), (4, 3)]
+    assert merged.count.tolist() == [3, 9, 3, 9, 5]
+    assert torch.equal(merged.audio_mean[0], fresh.audio_mean[1])
+    assert torch.equal(merged.audio_mean[1], old.audio_mean[1])
+    assert torch.equal(merged.output_mean["t5"][4], fresh.output_mean["t5"][0])
+
+
+@pytest.mark.parametrize(
+    ("capacity", "kept"), [(0, []), (1, [(1, 1)]), (2, [(1, 1), (2, 2)]), (9, [(1, 1), (2, 2), (3, 3)])]
+)
+def test_the_buffer_is_bounded_and_keeps_the_highest_counts(capacity, kept):
+    old = class_stats([(1, 1, 9), (2, 2, 7), (3, 3, 2)], seed=1)
+    merged = merge_buffer(old, class_stats([(0, 0, 1)]), capacity=capacity)
+    assert pairs(merged) == [(0, 0), *kept]
+
+
+def test_a_buffer_that_is_empty_or_wholly_renewed_is_the_fresh_table():
+    assert merge_buffer(None, STATS, capacity=5) is STATS
+    assert pairs(merge_buffer(STATS, STATS, capacity=5)) == pairs(STATS)
+
+
+def test_class_means_weight_by_count_and_fall_back_to_the_text():
+    text = targets_of()["t5"]
+    table, mean = class_means(STATS, "t5", text), STATS.output_mean["t5"]
+    torch.testing.assert_close(table[0], (6 * mean[0] + 2 * mean[2]) / 8)
+    torch.testing.assert_close(table[2], (mean[1] + mean[3]) / 2)
+    assert torch.equal(table[[1, 3]], text[[1, 3]])
+    assert torch.equal(text, targets_of()["t5"])
+
+
+@pytest.mark.parametrize("from_nodes", [False, True])
+def test_conditions_are_the_primary_heads_scaled_embeddings(from_nodes):
+    objective = make_objective(targets_of())
+    table = targets_of()["clip"]
+    if from_nodes:
+        table = class_means(STATS, "clip", table)
+    wanted = (table - targets_of()["clip"].mean(0)) / targets_of()["clip"].var(0, unbiased=False).mean().sqrt()
+    condition = conditions(objective, STATS, from_nodes=from_nodes)
+    torch.testing.assert_close(condition, wanted)
+    assert condition.shape == (C, 8)
+
+
+def test_conditions_of_a_primary_head_with_tokens_are_their_mean():
+    targets = targets_of({"t5": (3, 8)})
+    condition = conditions(make_objective(targets), STATS, from_nodes=False)
+    scale = targets["t5"].var(0, unbiased=False).mean().sqrt()
+    torch.testing.assert_close(condition, (targets["t5"] - targets["t5"].mean(0)).mean(1) / scale)
+
+
+@pytest.mark.parametrize("kind", ["replay", "vae"])
+def test_synthetic_rows_are_as_many_as_asked_for_every_class_with_statistics(kind):
+    generator = make_generator(kind, GeneratorSpec(seed=0, hidden_dim=8, latent_dim=2, rows_per_class=4))
+    _, objective, _ = world()
+    condition = conditions(objective, STATS, from_nodes=True)
+    generator.fit(STATS, condition, epochs=1, stream=rng(0, "fit"))
+    labels, rows = draw_synthetic(generator, STATS, condition, per_class=3, stream=rng(0, "draw"))
+    assert labels.tolist() == [0, 0, 0, 2, 2, 2]
+    assert rows.shape == (6, S, D)
+    if kind == "replay":
+        for label, row in zip(labels, rows, strict=True):
+            assert any(torch.equal(row, mean) for mean in STATS.audio_mean[STATS.label == label])
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_samples_stay_non_negative_where_the_encoder_is(positive):
+    mean = torch.full((2, S, D), 0.01)
+    if not positive:
+        mean[0, 0, 0] = -0.01
+    stats = ClassStats(np.arange(2), np.array([0, 1]), np.array([5, 5]), mean, torch.ones(2, S, D), {})
+    generator = make_generator("gaussian", GeneratorSpec(seed=0))
+    condition = torch.eye(2)
+    generator.fit(stats, condition, epochs=1, stream=rng(0, "fit"))
+    _, rows = draw_synthetic(generator, stats, condition, per_class=9, stream=rng(0, "draw"))
+    assert bool((rows >= 0).all()) == positive
+
+
+def test_losses_are_told_in_the_originals_form():
+    lines = describe_epoch(
+        "vae",
+        ("dog", "rain"),
+        {0: {"loss": 0.52, "recon": 0.34, "kl": 0.12, "sim": 0.06}, 1: {"loss": 1.0, "recon": 1.0, "kl": 0, "sim": 0}},
+    )
+    assert lines[0] == "Class 'dog': VAE Loss=0.5200 (Recon=0.3400, KL=0.1200, Sim=0.0600)"
+    assert lines[1].startswith("Class 'rain': VAE Loss=1.0000")
+    (gan,) = describe_epoch("gan", ("dog",), {0: {"loss": 0.7, "discriminator": 1.4, "d_real": 0.5, "d_fake": 0.4}})
+    assert gan == "Class 'dog': GAN Loss=0.7000 (D=1.4000, D(real)=0.5000, D(fake)=0.4000)"

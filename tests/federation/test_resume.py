@@ -1,0 +1,272 @@
+"""Checkpoints: a resumed run is the uninterrupted one, and whatever is wrong with a checkpoint is said."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from worlds import SERVER_STEP, make_server, numbers, reconfigured, run, tiny_config
+
+from fedsim.errors import CheckpointError
+from fedsim.federation.checkpoint import ServerState, load_checkpoint, newest_checkpoint, save_checkpoint
+from fedsim.models.saved import digest
+
+NO_STEP = "feda2v.global_model_train=false"
+VARIANTS = {
+    "vae": SERVER_STEP,
+    "gan": (*SERVER_STEP, "feda2v.generator_type=gan"),
+    "gaussian": (*SERVER_STEP, "feda2v.generator_type=gaussian"),
+    "cof without variances": (*SERVER_STEP, "feda2v.generator_type=cof", "privacy.share_variances=false"),
+    "small cohort": (*SERVER_STEP, "federation.cohort_size=3"),
+    "avg": (NO_STEP, "feda2v.adapter_aggregation_mode=avg"),
+    "none": (NO_STEP, "feda2v.adapter_aggregation_mode=none", "federation.cohort_size=4"),
+    "none with server step": (*SERVER_STEP, "feda2v.adapter_aggregation_mode=none"),
+}
+
+
+def state_of(server) -> dict[str, object]:
+    """All of a server's state in a form that compares."""
+    state = server.state
+    tables = {"adapter": state.adapter, "generator": state.generator}
+    tables |= {f"personal {client}": own for client, own in state.personal.items()}
+    buffer = state.buffer
+    if buffer is not None:
+        numbers = {name: torch.from_numpy(getattr(buffer, name)) for name in ("client", "label", "count")}
+        tables["buffer"] = {"audio_mean": buffer.audio_mean, **buffer.output_mean, **numbers}
+        if buffer.audio_var is not None:
+            tables["buffer"]["audio_var"] = buffer.audio_var
+    return {"round": state.round_number} | {key: (sorted(table), digest(table)) for key, table in tables.items()}
+
+
+@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
+def test_a_resumed_run_is_the_uninterrupted_one(setup, tmp_path, overrides):
+    setup = reconfigured(setup, *overrides)
+    whole, results = run(setup)
+    first, early = run(setup, 2)
+    first.save(tmp_path, mlflow_run_id="abc")
+    state, run_id = load_checkpoint(tmp_path, setup.config)
+    second = make_server(setup, state=state)
+    assert run_id == "abc"
+    assert state_of(second) == state_of(first)
+    late = [second.run_round() for _ in range(2)]
+    assert state_of(second) == state_of(whole)
+    assert numbers([*early, *late]) == numbers(results)
+
+
+def test_a_checkpoint_does_not_disturb_the_run(setup, tmp_path):
+    server = make_server(setup)
+    for _ in range(4):
+        server.run_round()
+        server.save(tmp_path, mlflow_run_id=None)
+    assert state_of(server) == state_of(run(setup)[0])
+    assert newest_checkpoint(tmp_path).name == "round-4"
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {f"round-{n}" for n in range(1, 5)}
+
+
+def test_beta_goes_on_where_it_was(setup, tmp_path):
+    # Two epochs a round, a warm-up of half of the eight epochs: beta of the coming epoch after each round.
+    _, results = run(setup)
+    assert [r.metrics["server/generator_beta"] for r in results] == [0.75, 1.0, 1.0, 1.0]
+    first, _ = run(setup, 1)
+    first.save(tmp_path, mlflow_run_id=None)
+    second = make_server(setup, state=load_checkpoint(tmp_path, setup.config)[0])
+    assert second.run_round().metrics["server/generator_beta"] == 1.0
+
+
+@pytest.fixture
+def saved(setup, tmp_path):
+    """Run directory with the checkpoints of rounds 1 and 2, of a run with generator."""
+    server = make_server(setup)
+    for _ in range(2):
+        server.run_round()
+        server.save(tmp_path, mlflow_run_id=None)
+    return tmp_path
+
+
+def loaded(saved, *overrides: str) -> ServerState:
+    return load_checkpoint(saved, tiny_config(*SERVER_STEP, *overrides))[0]
+
+
+def refusal(saved, *overrides: str) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        loaded(saved, *overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_newest_checkpoint_counts_as_a_number(saved):
+    newest = saved / "checkpoints" / "round-10"
+    shutil.copytree(saved / "checkpoints" / "round-2", newest)
+    document = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps(document | {"round": 10}))
+    (saved / "checkpoints" / "round-11.bak").mkdir()
+    (saved / "checkpoints" / ".round-12.partial").mkdir()
+    assert newest_checkpoint(saved) == newest
+    assert loaded(saved).round_number == 10
+
+
+def test_a_checkpoint_is_json_and_safetensors_only(saved):
+    files = {path.name for path in (saved / "checkpoints" / "round-2").iterdir()}
+    assert files == {"state.json", "adapter.safetensors", "generator.safetensors", "buffer.safetensors"}
+    json.loads((saved / "checkpoints" / "round-2" / "state.json").read_text())
+
+
+def test_no_checkpoint(tmp_path):
+    assert refusal(tmp_path) == f"{tmp_path} holds no checkpoint (no checkpoints/round-N); start it with `fedsim run`"
+    (tmp_path / "checkpoints" / ".round-1.partial").mkdir(parents=True)
+    assert "holds no checkpoint" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter", "generator", "buffer"])
+def test_damaged_and_missing_tensors_are_named_and_an_earlier_checkpoint_serves(saved, name):
+    file = saved / "checkpoints" / "round-2" / f"{name}.safetensors"
+    content = file.read_bytes()
+    advice = "delete the folder round-2 to go on from an earlier checkpoint"
+    file.write_bytes(content[:-7])
+    assert f"{file} is damaged or truncated; {advice}" in refusal(saved)
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert f"{file} is damaged or truncated; {advice}" in refusal(saved)
+    file.unlink()
+    assert f"{file} is missing; {advice}" in refusal(saved)
+    shutil.rmtree(file.parent)
+    assert loaded(saved).round_number == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        "{}",
+        '{"schema": 1}',
+        '{"schema": 1, "round": "2", "config": {}, "sha256": {}}',
+        '{"schema": 1, "round": 2, "config": [], "sha256": {}}',
+    ],
+)
+def test_a_damaged_document_is_named(saved, text):
+    file = saved / "checkpoints" / "round-2" / "state.json"
+    file.write_text(text)
+    assert refusal(saved).startswith(f"{file} is damaged or missing")
+
+
+def test_a_missing_document_is_named(saved):
+    file = saved / "checkpoints" / "round-2" / "state.json"
+    file.unlink()
+    assert refusal(saved).startswith(f"{file} is damaged or missing")
+
+
+def rewritten(saved, **changes) -> None:
+    file = saved / "checkpoints" / "round-2" / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_another_schema_is_refused(saved):
+    rewritten(saved, schema=99)
+    assert "checkpoint schema 99, this fedsim reads 1" in refusal(saved)
+
+
+def test_a_document_without_the_adapters_file_is_refused(saved):
+    rewritten(saved, sha256={})
+    assert "is damaged or missing" in refusal(saved)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.learning_rate=0.5", "training.learning_rate was 0.01, now 0.5"),
+        ("experiment.seed=8", "experiment.seed was 7, now 8"),
+        ("resources.block_size=4", "resources.block_size was 2, now 4"),
+        ("federation.global_rounds=9", "federation.global_rounds was 4, now 9"),
+        ("feda2v.generator_type=gan", "feda2v.generator_type was 'vae', now 'gan'"),
+        ("model.heads={clip: [16]}", "model.adapters"),
+    ],
+)
+def test_a_checkpoint_of_another_configuration_is_refused_naming_the_key(saved, override, message):
+    extra = ["model.adapters={clip: {preset: mlp, hidden: [16]}}"] if "heads" in override else []
+    text = refusal(saved, override, *extra)
+    assert text.startswith(f"{saved / 'checkpoints' / 'round-2'} belongs to another configuration: ")
+    assert message in text
+
+
+def test_several_other_keys_are_counted(saved):
+    text = refusal(saved, "training.learning_rate=0.5", "training.batch_size=3", "data.test_share=0.3")
+    assert "data.test_share was 0.2, now 0.3, and 2 more: training.batch_size, training.learning_rate" in text
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "resources.client_actors=3",
+        "tracking.enabled=true",
+        "experiment.name=other",
+        "experiment.output_dir=elsewhere",
+        "search.num_trials=3",
+    ],
+)
+def test_keys_that_no_number_depends_on_may_change(saved, override):
+    assert loaded(saved, override).round_number == 2
+
+
+class Trap:
+    """A pickle that leaves a trace when it is opened."""
+
+    def __init__(self, trace) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return type(self.trace).touch, (self.trace,)
+
+
+def test_a_planted_pickle_is_never_opened(saved, tmp_path_factory):
+    trace = tmp_path_factory.mktemp("trap") / "executed"
+    folder = saved / "checkpoints" / "round-2"
+    for name in ("evil.pt", "adapter.pt", "generator.pkl", "pytorch_model.bin"):
+        (folder / name).write_bytes(pickle.dumps(Trap(trace)))
+    assert loaded(saved).round_number == 2
+    # Even one in a tensor file's place, with a matching checksum.
+    (folder / "adapter.safetensors").write_bytes(pickle.dumps(Trap(trace)))
+    document = json.loads((folder / "state.json").read_text())
+    checksum = hashlib.sha256((folder / "adapter.safetensors").read_bytes()).hexdigest()
+    rewritten(saved, sha256=document["sha256"] | {"adapter.safetensors": checksum})
+    assert "adapter.safetensors is not a readable safetensors file" in refusal(saved)
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Trap(trace)))
+    assert trace.exists(), "the trap itself must work"
+
+
+def test_files_outside_of_the_checkpoint_are_not_read(saved, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "adapter.safetensors"
+    shutil.copy(saved / "checkpoints" / "round-1" / "adapter.safetensors", outside)
+    document = json.loads((saved / "checkpoints" / "round-2" / "state.json").read_text())
+    planted = {str(outside): hashlib.sha256(outside.read_bytes()).hexdigest()}
+    rewritten(saved, sha256={k: v for k, v in document["sha256"].items() if "adapter" not in k} | planted)
+    assert "damaged" in refusal(saved)
+
+
+def test_tensors_that_share_memory_are_saved_whole(tmp_path):
+    whole = torch.arange(6.0)
+    state = ServerState(1, {"a": whole[:3], "b": whole[3:], "c": whole}, personal={3: {"a": whole[:3]}})
+    save_checkpoint(tmp_path, state, tiny_config(), mlflow_run_id=None)
+    back, _ = load_checkpoint(tmp_path, tiny_config())
+    assert {name: t.tolist() for name, t in back.adapter.items()} == {
+        "a": [0, 1, 2],
+        "b": [3, 4, 5],
+        "c": [0, 1, 2, 3, 4, 5],
+    }
+    assert back.personal[3]["a"].tolist() == [0, 1, 2]
+    assert back.buffer is None
+
+
+def test_saving_a_round_again_replaces_it(tmp_path):
+    state = ServerState(1, {"a": torch.zeros(2)})
+    save_checkpoint(tmp_path, state, tiny_config(), mlflow_run_id=None)
+    save_checkpoint(tmp_path, replace(state, adapter={"a": torch.ones(2)}), tiny_config(), mlflow_run_id=None)
+    assert load_checkpoint(tmp_path, tiny_config())[0].adapter["a"].tolist() == [1, 1]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["round-1"]
