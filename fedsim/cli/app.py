@@ -51,25 +51,24 @@ def _top(
 
 def _log_to(console: Console, *, quiet: bool = False) -> None:
     """Log records of fedsim go to the console, one plain line each."""
-    from rich.logging import RichHandler
-
     logger = logging.getLogger("fedsim")
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    handler = RichHandler(
-        console=console, show_time=False, show_path=False, show_level=False, markup=False, highlighter=None
-    )
-    handler.setFormatter(_Plain())
-    logger.handlers = [handler]
+    logger.handlers = [_Lines(console)]
     logger.propagate = False
     logging.captureWarnings(True)
 
 
-class _Plain(logging.Formatter):
-    """The message; warnings and errors say that they are."""
+class _Lines(logging.Handler):
+    """Prints messages as they are, never wrapped; warnings and errors say that they are."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
-        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        self._console.print(prefix + record.getMessage(), markup=False, highlight=False, soft_wrap=True)
 
 
 def _with_address(overrides: list[str] | None, address: str | None) -> list[str]:

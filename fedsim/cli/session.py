@@ -87,7 +87,7 @@ def prepare_with_bar(config: Config, console: Console) -> Setup:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("embedding", total=None, visible=False)
 
         def show(done: int, total: int) -> None:
@@ -120,9 +120,9 @@ def _tell(result: Mapping[str, Any], run_dir: Path, console: Console) -> None:
     """The last lines of a run: accuracy before and after refinement, digest, where to look."""
     metrics = result["metrics"]
     if "eval/top1" in metrics:
+        refined = f", {metrics['eval/top1']:.1%} after refinement" if "server/refinement_kept" in metrics else ""
         console.print(
-            f"held-out top-1 after {result['rounds']} rounds: {metrics['eval/top1_averaged']:.1%} averaged, "
-            f"{metrics['eval/top1']:.1%} after refinement",
+            f"held-out top-1 after {result['rounds']} rounds: {metrics['eval/top1_averaged']:.1%} averaged{refined}",
             highlight=False,
         )
     console.print(f"digest {result['digest']}", highlight=False)

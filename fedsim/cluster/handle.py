@@ -93,9 +93,9 @@ class RemoteExperiment:
             cause = getattr(error, "cause", None)
             raise cause if isinstance(cause, FedsimError) else error from None
         except RayActorError as error:
-            raise ResourceError(
-                f"the server actor died ({' '.join(str(error).split())[:200]}); go on with `fedsim resume`"
-            ) from error
+            # The cause stands at the end of Ray's text, after the traceback.
+            cause = (str(error).strip().splitlines() or ["no reason given"])[-1]
+            raise ResourceError(f"the server actor died ({cause[-300:]}); go on with `fedsim resume`") from error
         self._relay(timeout=60.0)
         return result
 

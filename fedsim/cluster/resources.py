@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ def start_ray(*, address: str | None, num_cpus: int | None, num_gpus: int | None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        _check_answers(address)
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
         try:
@@ -86,6 +89,17 @@ def start_ray(*, address: str | None, num_cpus: int | None, num_gpus: int | None
         **quiet,
     )
     return True
+
+
+def _check_answers(address: str) -> None:
+    """Refuse a host and port where nobody listens at once; Ray itself would go on trying for minutes."""
+    host, _, port = address.partition(":")
+    if not port.isdigit():
+        return  # "auto", ray://..., or a name that Ray resolves
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise ResourceError(f"no Ray cluster answers at {address}: {error.strerror or error}") from error
 
 
 def check_fits(demand: Demand) -> None:

@@ -83,13 +83,16 @@ class Experiment:
         self._server, self._files, self._tracker = server, files, tracker
 
     def round(self) -> RoundResult:
-        """Run the next round; its checkpoint is written before its numbers, which a resume would repeat."""
+        """Run the next round; its numbers are written before its checkpoint.
+
+        A crash in between makes a resume repeat the round, the other way round its numbers would be lost.
+        """
         result = self._server.run_round()
         files = self._files
-        if result.round_number % files.checkpoint_every == 0 or result.round_number == files.last_round:
-            self._server.save(files.run_dir, mlflow_run_id=files.mlflow_run_id)
         append_round(files.run_dir, result)
         self._tracker.log_round(result)
+        if result.round_number % files.checkpoint_every == 0 or result.round_number == files.last_round:
+            self._server.save(files.run_dir, mlflow_run_id=files.mlflow_run_id)
         return result
 
     def finish(self, status: str) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def _accuracy(result: RoundResult) -> str:
     after, before = (result.metrics.get(name, math.nan) for name in ("eval/top1", "eval/top1_averaged"))
     if not math.isfinite(after):
         return ""
-    if not math.isfinite(before):
+    if not math.isfinite(before) or "server/refinement_kept" not in result.metrics:
         return f"top-1 {100 * after:.1f} %"
     return f"top-1 {100 * before:.1f} % -> {100 * after:.1f} % (refined)"
 

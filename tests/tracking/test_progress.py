@@ -32,7 +32,9 @@ def text_of(console: Console) -> str:
 
 
 def test_the_line_of_a_round(make_result: MakeResult) -> None:
-    result = make_result(3, **{"eval/top1": 0.74, "eval/top1_averaged": 0.61, "clients/per_second": 120.0})
+    result = make_result(
+        3, **{"eval/top1": 0.74, "eval/top1_averaged": 0.61, "server/refinement_kept": 1.0, "clients/per_second": 120.0}
+    )
     assert round_line(result, total_rounds=10, left_s=12.2) == (
         "round 3/10  train 2.0 s  loss 0.333  top-1 61.0 % -> 74.0 % (refined)  clients/s 120  lost 2  left 0:12"
     )
@@ -74,7 +76,9 @@ def test_nothing_moves_with_no_color_or_ci(name: str, monkeypatch: pytest.Monkey
 def test_the_live_display_shows_round_phase_speed_accuracy_and_time(make_result: MakeResult) -> None:
     console = terminal()
     with ProgressDisplay(10, console) as display:
-        display.round_done(make_result(2, **{"eval/top1": 0.74, "eval/top1_averaged": 0.61}))
+        display.round_done(
+            make_result(2, **{"eval/top1": 0.74, "eval/top1_averaged": 0.61, "server/refinement_kept": 1.0})
+        )
         display.update(STATUS)
         display._progress.refresh()
         shown = text_of(console)
