@@ -129,15 +129,17 @@ def test_logmel_statistics_are_what_they_say(noise):
     row = encoder.encode([noise])[0, 0]
     frames = (log_mel(noise, filters=mel_filters()).numpy() - np.log(0.001)) / 4
     expected = [frames.mean(0), frames.std(0), np.abs(np.diff(frames, axis=0)).mean(0), frames.max(0)]
-    np.testing.assert_allclose(row, np.concatenate(expected), atol=1e-5)
+    centres, deviations = (1.4, 0.3, 0.1, 2.2), (0.5, 0.2, 0.03, 0.33)
+    scaled = [(kind - c) / d for kind, c, d in zip(expected, centres, deviations, strict=True)]
+    np.testing.assert_allclose(row, np.concatenate(scaled), atol=2e-4)
 
 
 def test_logmel_trims_trailing_silence_only(noise):
     encoder = LogmelEncoder(segments=4, dim=512)
     silence = np.zeros(16_000, np.float32)
     plain, leading, trailing = encoder.encode([noise, np.r_[silence, noise], np.r_[noise, silence]])
-    assert np.abs(plain - leading).max() > 0.1
-    assert np.abs(plain - trailing).max() < 0.05
+    # The last frame runs into the silence; leading silence fills a segment.
+    assert np.abs(plain - trailing).mean() < 0.05 * np.abs(plain - leading).mean()
     assert (encoder.encode([silence]) == encoder.encode([silence[:0]])).all()
 
 
