@@ -43,6 +43,7 @@ class RayPool:
         self._remote_class = ray.remote(ClientActor).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": ACTOR_ENVIRONMENT}
         )
+        self._actors: list[Any] = []
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}
         self._failed_starts = 0
@@ -51,10 +52,12 @@ class RayPool:
 
     def _spawn(self) -> None:
         actor = self._remote_class.remote(self._setup_ref, self._gpus)
+        self._actors.append(actor)
         self._starting[actor.ready.remote()] = actor
 
     def _replace(self, actor: Any) -> None:
         ray.kill(actor)
+        self._actors.remove(actor)
         self._spawn()
 
     def train(self, blocks: Sequence[Block], broadcast: Broadcast) -> Iterator[BlockUpdate | LostBlock]:
@@ -123,10 +126,10 @@ class RayPool:
         return LostBlock(block.index, block.client_ids, f"its actor died {attempts} times: {reason}")
 
     def close(self) -> None:
-        """End all actors."""
-        for actor in [*self._idle, *self._starting.values()]:
+        """End all actors, also those that an error left at work."""
+        for actor in self._actors:
             ray.kill(actor)
-        self._idle, self._starting = [], {}
+        self._actors, self._idle, self._starting = [], [], {}
 
 
 def _client_error(error: RayTaskError, block: Block, round_number: int) -> Exception:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -87,7 +89,7 @@ def test_all_epochs_are_used_each_with_new_rows():
     results = [refined(source, epochs=epochs, learning_rate=1e-3) for epochs in (1, 2, 5)]
     assert source.calls == 8
     assert results[0].loss != results[1].loss != results[2].loss
-    for one, other in zip(results, results[1:], strict=False):
+    for one, other in pairwise(results):
         assert changed(one.adapter, other.adapter) == {"clip", "t5"}
         assert other.held_out_after < one.held_out_after < one.held_out_before
 

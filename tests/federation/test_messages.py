@@ -79,7 +79,12 @@ BREAK = {
         "audio_var has non-finite numbers",
     ),
     "nan output": (
-        lambda u: replace(u, stats=replace(u.stats, output_mean=changed(u.stats.output_mean, "t5", torch.full((len(u.stats), 4, 16), torch.nan)))),
+        lambda u: replace(
+            u,
+            stats=replace(
+                u.stats, output_mean=changed(u.stats.output_mean, "t5", torch.full((len(u.stats), 4, 16), torch.nan))
+            ),
+        ),
         "t5 has non-finite numbers",
     ),
 }
@@ -115,9 +120,7 @@ def recordings_of(setup, folder, count: int):
     """A federation of two clients with `count` recordings each, of the same three classes."""
     rows = np.random.default_rng(0).standard_normal((2 * count, S, D), dtype=np.float32)
     labels = np.arange(2 * count) % 3
-    world = hand_made(
-        setup, folder, rows=rows, labels=labels, clients=[range(0, count), range(count, 2 * count)]
-    )
+    world = hand_made(setup, folder, rows=rows, labels=labels, clients=[range(0, count), range(count, 2 * count)])
     return rows, world
 
 

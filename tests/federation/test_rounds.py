@@ -299,13 +299,13 @@ def test_a_quorum_that_is_met_exactly_is_met(setup):
     # In floating point 0.55 * 100 is a little more than 55.
     server = make_server(reconfigured(setup, *SERVER_STEP, "federation.quorum=0.55"))
     server._require_quorum(55, 100, 1)
-    with pytest.raises(QuorumError, match="54 of 100 clients answered, federation.quorum asks for 55"):
+    with pytest.raises(QuorumError, match=r"54 of 100 clients answered, federation.quorum asks for 55"):
         server._require_quorum(54, 100, 1)
 
 
 def test_nobody_answering_is_never_enough(setup):
     other = reconfigured(setup, *SERVER_STEP, "federation.quorum=0.01")
-    with pytest.raises(QuorumError, match="round 1: 0 of 7 clients answered, federation.quorum asks for 1"):
+    with pytest.raises(QuorumError, match=r"round 1: 0 of 7 clients answered, federation.quorum asks for 1"):
         run(other, 1, pool=LossyPool(other, {0, 1, 2, 3}))
 
 

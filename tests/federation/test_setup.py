@@ -99,17 +99,19 @@ def test_explicit_nodes_are_the_clients():
 
 
 def test_classes_that_only_nodes_name_are_the_classes():
-    config = tiny_config("data.classes=null", "nodes={a: {selected_classes: [rain, dog]}, b: {selected_classes: [dog]}}")
+    config = tiny_config(
+        "data.classes=null", "nodes={a: {selected_classes: [rain, dog]}, b: {selected_classes: [dog]}}"
+    )
     assert prepare(config).class_names == ("dog", "rain")
 
 
 def test_more_clients_than_recordings():
-    with pytest.raises(DataError, match="lower federation.num_clients"):
+    with pytest.raises(DataError, match=r"lower federation.num_clients"):
         prepare(tiny_config("federation.num_clients=1000"))
 
 
 def test_a_column_that_is_not_there():
-    with pytest.raises(ConfigError, match="federation.column: synthetic has no column 'speaker'; it has: "):
+    with pytest.raises(ConfigError, match=r"federation.column: synthetic has no column 'speaker'; it has: "):
         prepare(tiny_config("federation.partition=by_column", "federation.column=speaker"))
 
 

@@ -1,0 +1,100 @@
+"""Placement on paper, and demands that don't fit."""
+
+from __future__ import annotations
+
+import pytest
+from processes import wait_for
+
+from fedsim.cluster.resources import Demand, check_fits, place
+from fedsim.errors import ResourceError
+
+
+def needs(cpu: float = 0.0, gpu: float = 0.0) -> dict[str, float]:
+    return {"CPU": cpu, "GPU": gpu}
+
+
+FITS = {
+    "nothing on nothing": ([], []),
+    "nothing asked for": ([needs()], [needs()]),
+    "four quarters on one GPU": ([needs(1, 0.25)] * 4, [needs(4, 1)]),
+    "a whole and four quarters on two GPUs": ([needs(0, 1), *[needs(1, 0.25)] * 4], [needs(4, 2)]),
+    "whole ones after fractions in the list": ([*[needs(0, 0.5)] * 2, needs(0, 1)], [needs(0, 2)]),
+    "three GPUs for one actor": ([needs(0, 3)], [needs(0, 3)]),
+    "on several nodes": ([needs(2)] * 3, [needs(3), needs(2), needs(2)]),
+    "three thirds": ([needs(0, 1 / 3)] * 3, [needs(0, 1)]),
+    "the free rest of a GPU in use": ([needs(0, 0.5)], [needs(0, 0.5)]),
+    "ten tenths": ([needs(0.1, 0.1)] * 10, [needs(1, 1)]),
+}
+TOO_MUCH = {
+    "no node": ([needs(1)], [], needs(1)),
+    "three 0.4 on one GPU": ([needs(0, 0.4)] * 3, [needs(0, 1)], needs(0, 0.4)),
+    # Two GPUs hold 1.2 GPUs in sum, but a fraction lies on one of them.
+    "0.6 on two half GPUs": ([needs(0, 0.6)] * 3, [needs(0, 2)], needs(0, 0.6)),
+    "two whole GPUs on two nodes": ([needs(0, 2)], [needs(0, 1), needs(0, 1)], needs(0, 2)),
+    "three CPUs on two nodes": ([needs(3)], [needs(2), needs(2)], needs(3)),
+    "CPU here, GPU there": ([needs(2, 1)], [needs(2, 0), needs(0, 1)], needs(2, 1)),
+    "a whole GPU where half is in use": ([needs(0, 1)], [needs(0, 1.5), needs(0, 0.5)], None),
+}
+
+
+@pytest.mark.parametrize(("bundles", "nodes"), FITS.values(), ids=FITS)
+def test_what_fits(bundles, nodes):
+    assert place(bundles, nodes) is None
+
+
+@pytest.mark.parametrize(("bundles", "nodes", "first"), TOO_MUCH.values(), ids=TOO_MUCH)
+def test_what_does_not_fit(bundles, nodes, first):
+    assert place(bundles, nodes) == first
+
+
+def test_placing_changes_no_argument():
+    bundles, nodes = [needs(1, 0.5)] * 2, [needs(4, 1)]
+    place(bundles, nodes)
+    assert bundles == [needs(1, 0.5)] * 2
+    assert nodes == [needs(4, 1)]
+
+
+def test_a_demand_is_a_server_and_its_clients():
+    demand = Demand(client_actors=2, client_cpus=1.0, client_gpus=0.25, server_cpus=0.0, server_gpus=1.0)
+    assert demand.bundles() == [needs(0, 1), needs(1, 0.25), needs(1, 0.25)]
+
+
+@pytest.mark.ray
+class TestOnFourCpusAndTwoGpus:
+    """The session's Ray, all of it free."""
+
+    def test_what_fits_is_let_through(self, cluster):
+        check_fits(Demand(client_actors=4, client_cpus=1.0, client_gpus=0.25, server_cpus=0.0, server_gpus=1.0))
+
+    def test_too_many_gpus_are_refused_with_both_numbers(self, cluster):
+        with pytest.raises(ResourceError) as caught:
+            check_fits(Demand(client_actors=9, client_cpus=0.1, client_gpus=0.25, server_cpus=0.0, server_gpus=1.0))
+        assert str(caught.value) == (
+            "the actors ask for 3.25 GPUs (server 1 + 9 clients x 0.25) but Ray has 2 free; "
+            "lower resources.client_actors, client_gpus or server_gpus, or join a larger cluster with --address"
+        )
+
+    def test_too_many_cpus_are_refused_with_both_numbers(self, cluster):
+        with pytest.raises(ResourceError, match=r"ask for 6 CPUs \(server 1 \+ 5 clients x 1\) but Ray has 4 free"):
+            check_fits(Demand(client_actors=5, client_cpus=1.0, client_gpus=0.0, server_cpus=1.0, server_gpus=0.0))
+
+    def test_fractions_that_no_gpu_holds_are_refused(self, cluster):
+        # 1.8 of 2 GPUs in sum, but three times 0.6 needs three GPUs.
+        with pytest.raises(ResourceError, match=r"no node can hold an actor of 1 CPU, 0\.6 GPU beside the others"):
+            check_fits(Demand(client_actors=3, client_cpus=1.0, client_gpus=0.6, server_cpus=0.0, server_gpus=0.0))
+
+    def test_what_others_hold_is_not_free(self, cluster):
+        import ray
+
+        class Holder:
+            def ready(self):
+                return True
+
+        holder = ray.remote(Holder).options(num_cpus=3, num_gpus=0.5).remote()
+        ray.get(holder.ready.remote())
+        try:
+            wait_for(cpus=1, gpus=1.5)
+            with pytest.raises(ResourceError, match="but Ray has 1 free"):
+                check_fits(Demand(client_actors=2, client_cpus=1.0, client_gpus=0.0, server_cpus=0.0, server_gpus=0.0))
+        finally:
+            ray.kill(holder)
