@@ -105,18 +105,28 @@ def concatenate_stats(tables: list[ClassStats]) -> ClassStats:
     Raises:
         ValueError: `tables` is empty.
     """
+    joined = join_stats(tables)
+    return joined.take(np.lexsort((joined.label, joined.client)))
+
+
+def join_stats(tables: list[ClassStats]) -> ClassStats:
+    """One table from several, in the given order; heads that one of them lacks are left out.
+
+    Raises:
+        ValueError: `tables` is empty.
+    """
     if not tables:
         raise ValueError("no tables of class statistics to concatenate")
     variances = [table.audio_var for table in tables if table.audio_var is not None]
-    joined = ClassStats(
+    heads = [head for head in tables[0].output_mean if all(head in table.output_mean for table in tables)]
+    return ClassStats(
         client=np.concatenate([table.client for table in tables]),
         label=np.concatenate([table.label for table in tables]),
         count=np.concatenate([table.count for table in tables]),
         audio_mean=torch.cat([table.audio_mean for table in tables]),
         audio_var=torch.cat(variances) if len(variances) == len(tables) else None,
-        output_mean={head: torch.cat([table.output_mean[head] for table in tables]) for head in tables[0].output_mean},
+        output_mean={head: torch.cat([table.output_mean[head] for table in tables]) for head in heads},
     )
-    return joined.take(np.lexsort((joined.label, joined.client)))
 
 
 @dataclass(frozen=True)

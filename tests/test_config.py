@@ -249,7 +249,7 @@ def test_missing_file_and_directory(tmp_path: Path) -> None:
         ({"training": {"learning_rate": float("nan")}}, ["'training.learning_rate'", "got nan", "finite"]),
         ({"federation": {"alpha": float("inf")}}, ["'federation.alpha'", "got inf", "finite"]),
         ({"search": {"space": {"training.momentum": {"choices": [float("-inf")]}}}}, ["got -inf", "finite"]),
-        ({"experiment": {"name": "\ud800"}}, ["isn't Unicode"]),
+        ({"experiment": {"name": "\ud800"}}, ["isn't text"]),
         ({"training": {"optimizer": "Adam"}}, ["one of AdamW, SGD", "did you mean 'AdamW'"]),
         ({"training": 3}, ["section 'training'", "got 3"]),
         ({"nodes": {"0": 3}}, ["section 'nodes.0'", "got 3"]),
@@ -330,7 +330,7 @@ def test_cohort_may_be_everyone() -> None:
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"feda2v": {"use_generator": True}}, "built, not trained"),
+        ({"feda2v": {"use_generator": True}}, "neither trained nor used"),
         ({"federation": {"num_clients": 4}, "nodes": {"a": {}}}, "num_clients is 4 but nodes lists 1 clients"),
         ({"privacy": {"min_count": 1}}, "min_count is 1"),
     ],

@@ -6,6 +6,7 @@ Legend: C classes, V condition width, M rows of class statistics, S segments, D 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fedsim.algorithms.objective import Objective
 from fedsim.models.generators import Generator
-from fedsim.types import ClassStats, concatenate_stats
+from fedsim.types import ClassStats, join_stats
 
 NO_STATISTICS = (
     "no statistics from clients: none of the cohort's (client, class) pairs has privacy.min_count ({min_count}) "
@@ -22,21 +23,20 @@ NO_STATISTICS = (
 
 
 def merge_buffer(buffer: ClassStats | None, fresh: ClassStats, *, capacity: int) -> ClassStats:
-    """The newest statistics of every (client, class), at most `capacity` rows of earlier rounds beside the fresh ones.
+    """The newest audio statistics of every (client, class), newest rounds first; adapter outputs are not kept.
 
     Args:
         buffer: statistics of earlier rounds, or None.
         fresh: this round's.
-        capacity: rows of earlier rounds that are kept; those with the highest counts stay.
+        capacity: rows of earlier rounds that are kept; the oldest go first.
     """
+    fresh = replace(fresh, output_mean={})
     if buffer is None or capacity == 0:
         return fresh
     new = set(zip(fresh.client.tolist(), fresh.label.tolist(), strict=True))
     pairs = zip(buffer.client.tolist(), buffer.label.tolist(), strict=True)
     old = np.array([row for row, pair in enumerate(pairs) if pair not in new], dtype=np.int64)
-    if len(old) > capacity:
-        old = np.sort(old[np.argsort(-buffer.count[old], kind="stable")[:capacity]])
-    return concatenate_stats([fresh, buffer.take(old)]) if len(old) else fresh
+    return join_stats([fresh, buffer.take(old[:capacity])])
 
 
 def class_means(stats: ClassStats, head: str, fallback: Tensor) -> Tensor:
@@ -57,9 +57,18 @@ def conditions(objective: Objective, stats: ClassStats, *, from_nodes: bool) -> 
     (`from_nodes`, the "visual embeddings" of the original) or the public text targets.
     """
     head = objective.primary
-    table = objective.targets[head]
-    if from_nodes:
-        table = class_means(stats, head, table)
+    if not from_nodes:
+        return public_conditions(objective)
+    return _scaled(objective, class_means(stats, head, objective.targets[head]))
+
+
+def public_conditions(objective: Objective) -> Tensor:
+    """The public text targets as conditions [C, V]."""
+    return _scaled(objective, objective.targets[objective.primary])
+
+
+def _scaled(objective: Objective, table: Tensor) -> Tensor:
+    head = objective.primary
     scaled: Tensor = (table - objective.centre[head]) * objective.weight[head] ** 0.5
     return scaled if scaled.ndim == 2 else scaled.mean(1)
 

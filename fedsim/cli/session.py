@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -15,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedsim.config import Config, load_config
 from fedsim.errors import CheckpointError
-from fedsim.federation.checkpoint import ServerState, load_checkpoint
+from fedsim.federation.checkpoint import ServerState, check_data, has_checkpoint, load_checkpoint
 from fedsim.federation.experiment import run_rounds
-from fedsim.federation.run_directory import create_run_directory, discard_unused, keep_rounds
+from fedsim.federation.run_directory import create_run_directory, discard_unused, keep_rounds, read_result
 from fedsim.federation.setup import Setup, prepare
 from fedsim.launch.session import ended_by_signals, open_experiment
 from fedsim.tracking.progress import ProgressDisplay
@@ -62,21 +61,27 @@ def resume(run_dir: Path | str, *, address: str | None = None, console: Console 
         The contents of result.json.
 
     Raises:
-        CheckpointError: no checkpoint, a damaged one, or one of another configuration.
+        CheckpointError: no run directory, a damaged checkpoint, or one of another configuration or other data.
     """
     run_dir = Path(run_dir).absolute()
     if not (run_dir / "config.yaml").is_file():
         raise CheckpointError(f"{run_dir} is not a run directory: it has no config.yaml")
     config = load_config(run_dir / "config.yaml", [f"resources.address={address}"] if address else [])
-    state, mlflow_run_id = load_checkpoint(run_dir, config)
     console = console or Console(quiet=True)
-    if state.round_number >= config.federation.global_rounds and (run_dir / "result.json").is_file():
+    if not has_checkpoint(run_dir):
+        log.warning("%s holds no checkpoint: the run starts again at round 1", run_dir)
+        setup = prepare_with_bar(config, console)
+        keep_rounds(run_dir, up_to=0)
+        return _run(setup, run_dir, None, None, console)
+    state, mlflow_run_id = load_checkpoint(run_dir, config)
+    if state.round_number >= config.federation.global_rounds and (finished := read_result(run_dir)):
         log.info("%s is finished: %d rounds", run_dir, state.round_number)
-        finished: dict[str, Any] = json.loads((run_dir / "result.json").read_text())
         return finished
+    setup = prepare_with_bar(config, console)
+    check_data(run_dir, setup.data_fingerprint)
     log.info("going on after round %d", state.round_number)
     keep_rounds(run_dir, up_to=state.round_number)
-    return _run(prepare_with_bar(config, console), run_dir, state, mlflow_run_id, console)
+    return _run(setup, run_dir, state, mlflow_run_id, console)
 
 
 def prepare_with_bar(config: Config, console: Console) -> Setup:
@@ -118,18 +123,17 @@ def _run(
 
 def _tell(result: Mapping[str, Any], run_dir: Path, console: Console) -> None:
     """The last lines of a run: accuracy before and after refinement, digest, where to look."""
-    metrics = result["metrics"]
+    metrics, lines = result["metrics"], []
     if "eval/top1" in metrics:
         refined = f", {metrics['eval/top1']:.1%} after refinement" if "server/refinement_kept" in metrics else ""
-        console.print(
-            f"held-out top-1 after {result['rounds']} rounds: {metrics['eval/top1_averaged']:.1%} averaged{refined}",
-            highlight=False,
-        )
-    console.print(f"digest {result['digest']}", highlight=False)
+        top1 = f"{metrics['eval/top1_averaged']:.1%} averaged{refined}"
+        lines.append(f"held-out top-1 after {result['rounds']} rounds: {top1}")
     shown = os.path.relpath(run_dir) if Path.cwd() in run_dir.parents else run_dir
-    console.print(f"results: {shown}", highlight=False)
+    lines += [f"digest {result['digest']}", f"results: {shown}"]
     if result["mlflow_uri"]:
-        console.print(f"look:    mlflow ui --backend-store-uri {result['mlflow_uri']}", highlight=False)
+        lines.append(f"look:    mlflow ui --backend-store-uri {result['mlflow_uri']}")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def search(config: Config, *, output: Path | None = None, console: Console | None = None) -> dict[str, Any]:

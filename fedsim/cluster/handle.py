@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from fedsim.cluster.resources import ACTOR_ENVIRONMENT, Demand, check_fits
 from fedsim.cluster.server_actor import ServerActor
@@ -21,6 +21,7 @@ from fedsim.federation.tracker import Tracker
 from fedsim.types import RoundResult
 
 POLL_S = 0.2
+log = logging.getLogger(__name__)
 
 
 class RemoteExperiment:
@@ -62,7 +63,11 @@ class RemoteExperiment:
             )
             .remote(setup, files, tracker, state, resources.server_gpus, level)
         )
-        self._wait(self._actor.ready.remote(), poll=False)
+        try:
+            self._wait(self._actor.ready.remote(), poll=False)
+        except BaseException:
+            ray.kill(self._actor)
+            raise
 
     def round(self) -> RoundResult:
         """Run the next round; status and log records arrive meanwhile."""
@@ -100,7 +105,11 @@ class RemoteExperiment:
         return result
 
     def _relay(self, *, timeout: float) -> None:
-        status, records = ray.get(self._actor.poll.remote(), timeout=timeout)
+        try:
+            status, records = ray.get(self._actor.poll.remote(), timeout=timeout)
+        except GetTimeoutError:
+            log.warning("the server actor has not answered for %g s; still waiting", timeout)
+            return
         for name, level, text in records:
             logging.getLogger(name).log(level, "%s", text)
         if status:

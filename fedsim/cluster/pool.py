@@ -108,6 +108,7 @@ class RayPool:
                 ) from error
             self._replace(actor)
         else:
+            self._failed_starts = 0
             self._idle.append(actor)
 
     def _after_death(self, block: Block, attempts: int, error: Exception, round_number: int) -> LostBlock | None:

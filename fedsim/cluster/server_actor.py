@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
+
+import torch
 
 from fedsim.cluster.pool import RayPool
 from fedsim.federation.checkpoint import ServerState
@@ -35,6 +38,11 @@ class ServerActor:
         self._status: Mapping[str, Any] = {}
         self._records: deque[tuple[str, int, str]] = deque()
         self._capture_logs(log_level)
+        self._make = partial(self._experiment_of, setup, files, tracker, state, gpus)
+
+    def _experiment_of(
+        self, setup: Setup, files: RunFiles, tracker: Tracker, state: ServerState | None, gpus: float
+    ) -> Experiment:
         resources = setup.config.resources
         pool = RayPool(
             setup,
@@ -44,7 +52,7 @@ class ServerActor:
             max_attempts=resources.max_attempts,
         )
         server = Server(setup, pool, device=choose_device(gpus), state=state, status=self._set_status)
-        self._experiment = Experiment(server, files, tracker)
+        return Experiment(server, files, tracker)
 
     def _set_status(self, status: Mapping[str, Any]) -> None:
         self._status = dict(status)
@@ -63,7 +71,9 @@ class ServerActor:
         logger.propagate = False
 
     def ready(self) -> bool:
-        """Answer once the constructor is through."""
+        """Build the experiment; not in the constructor, whose errors Ray turns into a death without a cause."""
+        torch.set_num_threads(1)
+        self._experiment = self._make()
         return True
 
     def poll(self) -> tuple[Mapping[str, Any], list[tuple[str, int, str]]]:

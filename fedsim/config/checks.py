@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import get_args
 
@@ -23,6 +24,7 @@ def check_config(config: Config) -> list[str]:
     """
     _check_clients(config)
     _check_nodes(config)
+    _check_name(config.experiment.name)
     _check_model(config)
     for name, searched in config.search.space.items():
         _check_range(name, searched)
@@ -90,12 +92,20 @@ def _check_classes(key: str, classes: list[str] | None, among: Iterable[str] | N
         raise ConfigError(f"{key} names {unknown[0]!r}, which isn't in data.classes")
 
 
+def _check_name(name: str) -> None:
+    """The experiment's name becomes a folder's name."""
+    if name.startswith(".") or any(mark in name for mark in "/\\"):
+        raise ConfigError(f"experiment.name is {name!r}; it names a folder, so no / or \\ and no . at its start")
+
+
 def _check_model(config: Config) -> None:
     """Heads, adapters and encoders."""
     heads = config.model.head_shapes()
     if not heads:
         raise ConfigError("model.heads is empty; name at least one head with its shape, e.g. {clip: [768]}")
     for head, shape in heads.items():
+        if not re.fullmatch(r"[A-Za-z]\w*", head) or head == "encoder":
+            raise ConfigError(f"model.heads: {head!r} can't name a head; use letters, digits and _, and not 'encoder'")
         if len(shape) not in {1, 2}:
             raise ConfigError(f"model.heads.{head} is {list(shape)}; a head's shape is [width] or [tokens, width]")
     for head in config.model.adapters:
@@ -142,7 +152,13 @@ def _warnings(config: Config) -> list[str]:
         found.append(f"federation.num_clients is {given} but nodes lists {len(config.nodes)} clients: the list wins")
     if config.feda2v.use_generator and not config.feda2v.global_model_train:
         found.append(
-            "feda2v.use_generator is true but global_model_train is false: the generator is built, not trained"
+            "feda2v.use_generator is true but global_model_train is false: the generator is neither trained nor used"
+        )
+    settings = config.feda2v
+    if "text_anchor" in settings.model_fields_set and not settings.global_model_train_from_nodes_adapters:
+        found.append(
+            "feda2v.text_anchor has no effect: global_model_train_from_nodes_adapters is false, so refinement trains "
+            "towards the text targets alone"
         )
     if config.privacy.min_count == 1:
         found.append(

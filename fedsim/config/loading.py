@@ -206,8 +206,8 @@ def _not_plain(value: Any, key: str, sources: _Sources) -> Iterator[str]:
             yield from _not_plain(item, key, sources)
     elif isinstance(value, float) and not math.isfinite(value):
         yield f"{key!r} {sources.of(key)}: got {value}, expected a finite number"
-    elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-        yield f"{key!r} {sources.of(key)}: got {value!a}, which isn't Unicode text"
+    elif isinstance(value, str) and any("\ud800" <= c <= "\udfff" or c == "\0" for c in value):
+        yield f"{key!r} {sources.of(key)}: got {value!a}, which isn't text"
 
 
 def _phrase(detail: Mapping[str, Any], sources: _Sources) -> str:

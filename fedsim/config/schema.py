@@ -53,7 +53,7 @@ class Data(Section):
     classes: list[str] | None = key(None, "use these classes only (default: all)")
     test_fold: int = key(5, "official fold kept for evaluation, where the data set has folds", ge=0)
     test_share: float = key(0.2, "share of the recordings kept for evaluation where there are no folds", gt=0, lt=1)
-    clips_per_class: int = key(40, "synthetic data: recordings per class", "recordings", ge=2)
+    clips_per_class: int = key(40, "synthetic data: recordings per class", "recordings", ge=2, le=1_000_000)
     on_bad_audio: Literal["error", "skip"] = key("error", "a file that can't be decoded: stop, or count it and go on")
     cache_dir: str | None = key(
         None, "folder of the embedding cache (default: $XDG_CACHE_HOME/fedsim or ~/.cache/fedsim)"
@@ -101,8 +101,8 @@ class AudioEncoder(Section):
     trainable: str = key(
         "none", "AST layers that clients train: none, last:N, or all", pattern=r"^(none|all|last:[1-9]\d*)$"
     )
-    segments: int = key(4, "S: time segments of an audio embedding", "segments", ge=1)
-    dim: int = key(512, "D: width of an audio embedding; a fixed orthogonal projection leads to it", ge=1)
+    segments: int = key(4, "S: time segments of an audio embedding", "segments", ge=1, le=4096)
+    dim: int = key(512, "D: width of an audio embedding; a fixed orthogonal projection leads to it", ge=1, le=65_536)
     batch_size: int = key(8, "recordings encoded at once", "recordings", ge=1)
 
 
@@ -125,8 +125,8 @@ class AdapterPreset(Section):
     """Shape of one head's adapter."""
 
     preset: Literal["mlp", "map", "slim"] = key("mlp", "token MLP + pooling, attention pooling (map), or slim map")
-    hidden: list[Annotated[int, Field(ge=1)]] = key([1024], "widths of the token MLP's hidden layers")
-    width: int = key(768, "slim: width of the attention pooling before the last linear map", ge=1)
+    hidden: list[Annotated[int, Field(ge=1, le=65_536)]] = key([1024], "widths of the token MLP's hidden layers")
+    width: int = key(768, "slim: width of the attention pooling before the last linear map", ge=1, le=65_536)
     num_heads: int = key(8, "map, slim: attention heads", "heads", ge=1)
 
 
@@ -136,7 +136,7 @@ class Model(Section):
     diffusion_type: Literal["flux", "sd"] = key(
         "flux", "image model: flux has heads clip [768] and t5 [17, 4096], sd has clip [77, 768]"
     )
-    heads: dict[str, list[Annotated[int, Field(ge=1)]]] | None = key(
+    heads: dict[str, list[Annotated[int, Field(ge=1, le=1_000_000)]]] | None = key(
         None, "output shape by head, instead of those of diffusion_type (e.g. {clip: [768]})"
     )
     audio_encoder: AudioEncoder = Field(default_factory=AudioEncoder)
@@ -188,10 +188,12 @@ class FedA2V(Section):
     generator_learning_rate: float | None = key(
         None, "learning rate of the generator (default: 0.1 x training.learning_rate, gan 1e-4)", gt=0
     )
-    generator_batch_size: int = key(64, "rows of a generator step", "rows", ge=1)
-    generator_rows_per_class: int = key(64, "training rows drawn per class and generator epoch", "rows", ge=1)
-    generator_hidden_dim: int = key(512, "vae, gan: width of the two hidden layers", ge=1)
-    generator_latent_dim: int = key(256, "vae, gan: width of the latent vector", ge=1)
+    generator_batch_size: int = key(64, "rows of a generator step", "rows", ge=1, le=1_000_000)
+    generator_rows_per_class: int = key(
+        64, "training rows drawn per class and generator epoch", "rows", ge=1, le=1_000_000
+    )
+    generator_hidden_dim: int = key(512, "vae, gan: width of the two hidden layers", ge=1, le=65_536)
+    generator_latent_dim: int = key(256, "vae, gan: width of the latent vector", ge=1, le=65_536)
     generator_buffer_size: int = key(
         4096, "class statistics of earlier rounds kept for the generator", "(client, class) rows", ge=0
     )
@@ -201,7 +203,9 @@ class FedA2V(Section):
     loss_scaling: Literal["calibrated", "legacy"] = key(
         "calibrated", "vae: all parts on one scale, or the literal mean-MSE + beta KL + 0.1 similarity"
     )
-    synthetic_samples_per_class: int = key(5, "synthetic rows per class in a refinement epoch", "rows", ge=1)
+    synthetic_samples_per_class: int = key(
+        5, "synthetic rows per class in a refinement epoch", "rows", ge=1, le=1_000_000
+    )
     synthetic_weight: float = key(0.5, "share of the refinement loss that synthetic rows carry", ge=0, le=1)
     text_anchor: float = key(
         0.5, "refinement target: share of the public text target, the rest is the clients' mean output", ge=0, le=1

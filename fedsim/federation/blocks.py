@@ -7,6 +7,7 @@ with the same bits.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from fedsim.models.adapters import unstack
 from fedsim.seeding import rng
 from fedsim.types import AdapterState, Block, BlockUpdate, Broadcast, ClassStats, ClientMetrics, concatenate_stats
 
+log = logging.getLogger(__name__)
+
 
 def make_blocks(cohort: np.ndarray, block_size: int, personal: Mapping[int, AdapterState]) -> list[Block]:
     """Cut an ordered cohort into blocks of `block_size` clients; the last one may be shorter."""
@@ -47,6 +50,11 @@ class _Trained:
     stats: ClassStats
     metrics: ClientMetrics
     personal: dict[int, AdapterState]
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out; torch's CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def to_cpu(state: Mapping[str, Tensor]) -> AdapterState:
@@ -97,10 +105,8 @@ class BlockTrainer:
     def _train(self, block: Block, broadcast: Broadcast) -> BlockUpdate:
         start = time.perf_counter()
         size = self._parts.model.max_clients or len(block.client_ids)
-        trained = [
-            self._train_clients(block.client_ids[at : at + size], block, broadcast)
-            for at in range(0, len(block.client_ids), size)
-        ]
+        stacks = [block.client_ids[at : at + size] for at in range(0, len(block.client_ids), size)]
+        trained = [part for ids in stacks for part in self._train_in_memory(ids, block, broadcast)]
         apart = self._aggregator.keeps_clients_apart
         deltas = {name: torch.cat([t.deltas[name] for t in trained]) for name in broadcast.adapter}
         return BlockUpdate(
@@ -112,6 +118,17 @@ class BlockTrainer:
             personal={client: state for t in trained for client, state in t.personal.items()},
             seconds=time.perf_counter() - start,
         )
+
+    def _train_in_memory(self, ids: Sequence[int], block: Block, broadcast: Broadcast) -> list[_Trained]:
+        """Train a stack; when memory runs out, its halves, with the same result: clients don't depend on neighbours."""
+        try:
+            return [self._train_clients(ids, block, broadcast)]
+        except (MemoryError, RuntimeError) as error:
+            if len(ids) == 1 or not _out_of_memory(error):
+                raise
+        log.warning("out of memory with %d clients at once in block %d: training halves", len(ids), block.index)
+        half = len(ids) // 2
+        return [part for some in (ids[:half], ids[half:]) for part in self._train_in_memory(some, block, broadcast)]
 
     def _start(self, ids: Sequence[int], block: Block, broadcast: Broadcast) -> AdapterState:
         """The stack from which clients start: their own tensors where they keep them, else the broadcast."""

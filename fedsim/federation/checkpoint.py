@@ -26,7 +26,7 @@ from fedsim.errors import CheckpointError
 from fedsim.types import AdapterState, ClassStats
 
 SCHEMA = 1
-FREE_SECTIONS = ("tracking.", "search.", "resources.", "experiment.")
+FREE_SECTIONS = ("tracking.", "search.", "resources.", "experiment.", "data.cache_dir")
 BOUND_ALL_THE_SAME = ("experiment.seed", "resources.block_size")
 
 
@@ -60,7 +60,9 @@ def bound_config(config: Config) -> dict[str, Any]:
     }
 
 
-def save_checkpoint(run_dir: Path, state: ServerState, config: Config, *, mlflow_run_id: str | None) -> Path:
+def save_checkpoint(
+    run_dir: Path, state: ServerState, config: Config, *, mlflow_run_id: str | None, data_fingerprint: str = ""
+) -> Path:
     """Write `checkpoints/round-N/` atomically; one that exists is replaced. Returns the folder."""
     final = run_dir / "checkpoints" / f"round-{state.round_number}"
     partial = final.with_name(f".{final.name}.partial")
@@ -73,6 +75,7 @@ def save_checkpoint(run_dir: Path, state: ServerState, config: Config, *, mlflow
         "round": state.round_number,
         "mlflow_run_id": mlflow_run_id,
         "config": bound_config(config),
+        "data_fingerprint": data_fingerprint,
         "sha256": {file.name: _sha256(file) for file in sorted(partial.iterdir())},
     }
     (partial / "state.json").write_text(json.dumps(document, indent=2) + "\n")
@@ -127,6 +130,26 @@ def load_checkpoint(run_dir: Path, config: Config) -> tuple[ServerState, str | N
             )
         tables[file.stem] = _read_tensors(file)
     return _from_tables(document["round"], tables), document["mlflow_run_id"]
+
+
+def check_data(run_dir: Path, data_fingerprint: str) -> None:
+    """Refuse to go on with other recordings, embeddings or targets than the newest checkpoint was made with.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    folder = newest_checkpoint(run_dir)
+    stored = _read_document(folder).get("data_fingerprint")
+    if stored != data_fingerprint:
+        raise CheckpointError(
+            f"{folder} was made with other data: recordings, embeddings, partition or text targets have changed since "
+            "(data fingerprint differs); restore them, or start a new run"
+        )
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a run directory holds any checkpoint."""
+    return any((run_dir / "checkpoints").glob("round-*"))
 
 
 def newest_checkpoint(run_dir: Path) -> Path:

@@ -15,8 +15,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from fedsim.federation.run_directory import append_round, read_history, write_text
 from fedsim.federation.server import Server
 from fedsim.federation.tracker import FinalReport, Tracker
@@ -99,7 +97,8 @@ class Experiment:
         """Write the adapter, result.json and the final report."""
         run_dir, setup, state = self._files.run_dir, self._server.setup, self._server.state
         history = read_history(run_dir)
-        metrics = {name: value for name, value in history[-1]["metrics"].items() if value is not None}
+        last = history[-1]["metrics"] if history else {}
+        metrics = {name: value for name, value in last.items() if value is not None}
         info: dict[str, object] = {
             "name": setup.config.experiment.name,
             "audio_encoder": setup.used["audio_encoder"],
@@ -126,12 +125,11 @@ class Experiment:
         return result
 
     def _report(self, history: Sequence[Mapping[str, Any]]) -> FinalReport:
-        evaluation, classes = self._server.last_evaluation, self._server.setup.class_names
         real, real_label, synthetic, synthetic_label = self._server.sample_embeddings()
         return FinalReport(
             run_dir=self._files.run_dir,
-            class_names=classes,
-            confusion=np.zeros((len(classes),) * 2, dtype=np.int64) if evaluation is None else evaluation.confusion,
+            class_names=self._server.setup.class_names,
+            confusion=self._server.confusion(),
             real=real,
             real_label=real_label,
             synthetic=synthetic,

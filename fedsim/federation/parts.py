@@ -15,10 +15,9 @@ from torch import Tensor
 
 from fedsim.algorithms.client_model import ENCODER, AdapterModel, ClientModel, EncoderModel
 from fedsim.algorithms.objective import Objective, make_objective
-from fedsim.config.schema import AdapterPreset, Config
 from fedsim.data.store import Store, open_store
-from fedsim.federation.setup import Setup
-from fedsim.models.adapters import Adapter, HeadSpec, make_adapter
+from fedsim.federation.setup import Setup, head_specs
+from fedsim.models.adapters import Adapter, make_adapter
 from fedsim.models.encoders import make_audio_encoder, require_ast
 from fedsim.types import AdapterState
 
@@ -33,19 +32,6 @@ class Parts:
     encoder_state: AdapterState
     store: Store
     device: torch.device
-
-
-MLP = AdapterPreset(preset="mlp", hidden=[1024])
-SLIM = AdapterPreset(preset="slim", hidden=[1024, 2048])
-
-
-def head_specs(config: Config) -> dict[str, HeadSpec]:
-    """How each head's adapter is built: `model.adapters`, else mlp for clip and slim for t5."""
-    specs = {}
-    for head, shape in config.model.head_shapes().items():
-        preset = config.model.adapters.get(head, SLIM if head == "t5" else MLP)
-        specs[head] = HeadSpec(preset.preset, shape, tuple(preset.hidden), preset.width, preset.num_heads)
-    return specs
 
 
 def build_parts(setup: Setup, device: torch.device) -> Parts:

@@ -78,11 +78,23 @@ def read_history(run_dir: Path, *, up_to: int | None = None) -> list[dict[str, A
     history = []
     for number, line in enumerate(lines, start=1):
         try:
-            history.append(json.loads(line))
+            record = json.loads(line)
+            if not (isinstance(record, dict) and isinstance(record.get("round"), int) and "metrics" in record):
+                raise ValueError("no object of a round")
+            history.append(record)
         except ValueError as error:
             if number < len(lines):
-                raise CheckpointError(f"{path}, line {number}: not a JSON object ({error})") from error
+                raise CheckpointError(f"{path}, line {number}: not the object of a round ({error})") from error
     return [record for record in history if up_to is None or record["round"] <= up_to]
+
+
+def read_result(run_dir: Path) -> dict[str, Any] | None:
+    """The contents of result.json; None when there is none, or a damaged one (which a resume writes anew)."""
+    try:
+        result = json.loads((run_dir / "result.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and "digest" in result else None
 
 
 def keep_rounds(run_dir: Path, *, up_to: int) -> None:

@@ -78,7 +78,9 @@ class Server:
         cohort = self._sample_cohort(clock.round_number)
         blocks = make_blocks(cohort, config.resources.block_size, state.personal)
         due = self._evaluation_due(clock.round_number)
-        broadcast = Broadcast(clock.round_number, config.experiment.seed, state.adapter, due and self._apart)
+        # Clients that keep their own adapters never see the server's: a newcomer starts where the others did.
+        sent = initial_state(self.setup, self.parts) if self._apart else state.adapter
+        broadcast = Broadcast(clock.round_number, config.experiment.seed, sent, due and self._apart)
         with clock("train"):
             updates, delta_sum, lost = self._train(blocks, broadcast, clock)
         with clock("aggregate"):
@@ -95,9 +97,11 @@ class Server:
         generator = self._step.generator_state()
         self.state = ServerState(clock.round_number, stepped.adapter, generator, stepped.buffer, personal)
         metrics["clients/per_second"] = (len(cohort) - len(lost)) / clock.seconds["train"]
-        down = 0 if self._apart and clock.round_number > 1 else len(cohort) * state_bytes(state.adapter)
+        receivers = sum(int(client) not in state.personal for client in cohort) if self._apart else len(cohort)
         up = (0 if self._apart else (len(cohort) - len(lost)) * state_bytes(state.adapter)) + stats_bytes(stats)
-        return RoundResult(clock.round_number, len(cohort), tuple(lost), metrics, clock.seconds, up, down)
+        return RoundResult(
+            clock.round_number, len(cohort), tuple(lost), metrics, clock.seconds, up, receivers * state_bytes(sent)
+        )
 
     @property
     def _apart(self) -> bool:
@@ -151,29 +155,40 @@ class Server:
 
     def _evaluate(self, averaged: AdapterState, adapter: AdapterState, cohort: np.ndarray) -> dict[str, float]:
         """Scores on held-out recordings, before and after refinement."""
-        rows = self.setup.test_rows
-        labels = torch.from_numpy(self.setup.labels[rows]).to(self.device)
-        embeddings = embed(self.parts.model, averaged, *rows_of(self.parts, rows))
-        before, after = (
-            evaluate(self.parts.adapter, adapter_part(state), embeddings, labels, objective=self.parts.objective)
-            for state in (averaged, adapter)
-        )
+        embeddings, labels = self._held_out(averaged)
+        before, after = self._score(averaged, embeddings, labels), self._score(adapter, embeddings, labels)
         self.last_evaluation = after
         accuracies = client_accuracies(after.confusion, self._class_counts[cohort])
         metrics = {f"eval/{name}": value for name, value in after.metrics.items()}
         metrics |= {f"eval/{name}_averaged": value for name, value in before.metrics.items()}
         return metrics | {"client/acc_mean": float(accuracies.mean()), "client/acc_worst10": worst_tenth(accuracies)}
 
+    def _held_out(self, state: AdapterState) -> tuple[torch.Tensor, torch.Tensor]:
+        """Audio embeddings [N, S, D] of the held-out recordings under the encoder of `state`, and labels [N]."""
+        rows = self.setup.test_rows
+        labels = torch.from_numpy(self.setup.labels[rows]).to(self.device)
+        return embed(self.parts.model, state, *rows_of(self.parts, rows)), labels
+
+    def _score(self, state: AdapterState, embeddings: torch.Tensor, labels: torch.Tensor) -> Evaluation:
+        own = adapter_part(state)
+        return evaluate(self.parts.adapter, own, embeddings, labels, objective=self.parts.objective)
+
+    def confusion(self) -> np.ndarray:
+        """Counts [C, C] of the global adapter on the held-out recordings, rows true, columns predicted."""
+        if self.last_evaluation is None:  # resumed after the last round
+            self.last_evaluation = self._score(self.state.adapter, *self._held_out(self.state.adapter))
+        return self.last_evaluation.confusion
+
     def save(self, run_dir: Path, *, mlflow_run_id: str | None) -> None:
         """Write a checkpoint from which a resume repeats the coming rounds bit for bit."""
-        save_checkpoint(run_dir, self.state, self.config, mlflow_run_id=mlflow_run_id)
+        fingerprint = self.setup.data_fingerprint
+        save_checkpoint(run_dir, self.state, self.config, mlflow_run_id=mlflow_run_id, data_fingerprint=fingerprint)
 
     def sample_embeddings(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """For a plot: held-out audio embeddings [n, S * D], their classes, synthetic ones [m, S * D], their classes."""
-        rows = self.setup.test_rows
-        real = embed(self.parts.model, self.state.adapter, *rows_of(self.parts, rows)).flatten(1).cpu().numpy()
+        real, labels = self._held_out(self.state.adapter)
         made_labels, made = self._step.samples(self.state.buffer, 20, self.state.round_number)
-        return real, self.setup.labels[rows], made, made_labels
+        return real.flatten(1).cpu().numpy(), labels.cpu().numpy(), made, made_labels
 
 
 def _to(state: AdapterState | None, device: torch.device) -> AdapterState | None:

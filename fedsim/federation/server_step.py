@@ -19,6 +19,7 @@ from fedsim.algorithms.generation import (
     describe_epoch,
     draw_synthetic,
     merge_buffer,
+    public_conditions,
 )
 from fedsim.algorithms.refinement import Refined, Refinement, refine
 from fedsim.config.schema import Config
@@ -53,6 +54,7 @@ class ServerStep:
     def __init__(self, setup: Setup, parts: Parts, generator_state: Mapping[str, Tensor]) -> None:
         self._parts, self._config, self._class_names = parts, setup.config, setup.class_names
         self._generator = _make_generator(setup.config)
+        self._condition: Tensor | None = None
         if self._generator is not None:
             self._generator.load({name: tensor.to(parts.device) for name, tensor in generator_state.items()})
         elif setup.config.feda2v.global_model_train:
@@ -77,21 +79,24 @@ class ServerStep:
         settings = self._config.feda2v
         if not settings.global_model_train:
             return Stepped(averaged, buffer, {})
-        if len(fresh):
-            buffer = merge_buffer(buffer, fresh, capacity=settings.generator_buffer_size)
-        if buffer is None:
+        if not len(fresh):
             message = NO_STATISTICS.format(min_count=self._config.privacy.min_count)
             log.warning("%s; round %d is not refined", message, clock.round_number)
-            return Stepped(averaged, None, {})
-        stats = buffer.to(self._parts.device)
+            return Stepped(averaged, buffer, {})
+        # Earlier audio statistics hold as long as the encoder that made them doesn't change.
+        frozen = self._config.model.audio_encoder.trainable == "none"
+        buffer = merge_buffer(buffer, fresh, capacity=settings.generator_buffer_size if frozen else 0)
+        stats, known = fresh.to(self._parts.device), buffer.to(self._parts.device)
+        condition = self._conditions(stats)
         metrics: dict[str, float] = {}
         if self._generator is not None:
             with clock("generate"):
-                report = self._fit(self._generator, stats, clock.round_number)
+                report = self._fit(self._generator, known, condition, clock.round_number)
             metrics |= {"server/generator_loss": report.mean_loss}
             metrics |= {f"server/generator_{name}": value for name, value in report.metrics.items()}
         with clock("refine"):
-            refined = self._refine(averaged, stats, clock.round_number)
+            refined = self._refine(averaged, stats, known, condition, clock.round_number)
+        self._condition = condition
         metrics |= {
             "server/adapter_finetuning_loss": refined.loss,
             "server/held_out_loss_before": refined.held_out_before,
@@ -100,11 +105,11 @@ class ServerStep:
         }
         return Stepped({**averaged, **refined.adapter}, buffer, metrics)
 
-    def _fit(self, generator: Generator, stats: ClassStats, round_number: int) -> FitReport:
+    def _fit(self, generator: Generator, known: ClassStats, condition: Tensor, round_number: int) -> FitReport:
         settings = self._config.feda2v
         report = generator.fit(
-            stats,
-            self._conditions(stats),
+            known,
+            condition,
             epochs=generator_epochs(self._config),
             stream=rng(self._config.experiment.seed, "generator", round_number),
         )
@@ -114,11 +119,14 @@ class ServerStep:
         log.info("Generator training completed. Average loss: %.4f", report.mean_loss)
         return report
 
-    def _refine(self, averaged: AdapterState, stats: ClassStats, round_number: int) -> Refined:
+    def _refine(
+        self, averaged: AdapterState, stats: ClassStats, known: ClassStats, condition: Tensor, round_number: int
+    ) -> Refined:
         settings, training, seed = self._config.feda2v, self._config.training, self._config.experiment.seed
         synthetic = None
         if self._generator is not None:
-            synthetic = partial(self._draw, self._generator, stats, settings.synthetic_samples_per_class)
+            per_class = settings.synthetic_samples_per_class
+            synthetic = partial(_draw, self._generator, known, condition, per_class)
         refined = refine(
             self._parts.adapter,
             adapter_part(averaged),
@@ -145,19 +153,23 @@ class ServerStep:
         from_nodes = self._config.feda2v.global_model_train_from_nodes_adapters
         return conditions(self._parts.objective, stats, from_nodes=from_nodes)
 
-    def _draw(
-        self, generator: Generator, stats: ClassStats, per_class: int, stream: np.random.Generator
-    ) -> tuple[np.ndarray, Tensor]:
-        return draw_synthetic(generator, stats, self._conditions(stats), per_class=per_class, stream=stream)
-
     def samples(self, buffer: ClassStats | None, per_class: int, round_number: int) -> tuple[np.ndarray, np.ndarray]:
         """Synthetic embeddings for a plot: labels [n] and flattened rows [n, S * D]; none without a generator."""
         if self._generator is None or buffer is None:
             size = int(np.prod(self._parts.adapter.input_shape))
             return np.zeros(0, dtype=np.int64), np.zeros((0, size), dtype=np.float32)
+        known = buffer.to(self._parts.device)
+        # After a resume without another round the clients' outputs are gone: the public targets stand in for them.
+        condition = public_conditions(self._parts.objective) if self._condition is None else self._condition
         stream = rng(self._config.experiment.seed, "plot", round_number)
-        labels, rows = self._draw(self._generator, buffer.to(self._parts.device), per_class, stream)
+        labels, rows = _draw(self._generator, known, condition, per_class, stream)
         return labels, rows.flatten(1).cpu().numpy()
+
+
+def _draw(
+    generator: Generator, known: ClassStats, condition: Tensor, per_class: int, stream: np.random.Generator
+) -> tuple[np.ndarray, Tensor]:
+    return draw_synthetic(generator, known, condition, per_class=per_class, stream=stream)
 
 
 def generator_epochs(config: Config) -> int:

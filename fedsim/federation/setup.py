@@ -8,6 +8,7 @@ Legend: N recordings, C classes.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -15,15 +16,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from fedsim.algorithms.generation import NO_STATISTICS
-from fedsim.config.schema import Config
+from fedsim.config.schema import AdapterPreset, Config
 from fedsim.data import open_recordings
 from fedsim.data.partition import NodeSpec, Partition, make_partition, partition_nodes
 from fedsim.data.recordings import Recordings
 from fedsim.data.split import split_recordings
 from fedsim.data.store import Store, fill_store, write_store
 from fedsim.errors import ConfigError, DataError
+from fedsim.models.adapters import HeadSpec, check_heads
 from fedsim.models.encoders import make_audio_encoder, require_ast
 from fedsim.models.encoders.precomputed import load_precomputed, precomputed_fingerprint
 from fedsim.models.encoders.text import make_text_targets
@@ -47,7 +50,7 @@ class Setup:
         targets: head -> text targets [C, *shape].
         client_names: ids from `nodes`, or numbers, for messages.
         used: what was used, for people: audio and text encoder, data.
-        data_fingerprint: hash of names, labels and folds.
+        data_fingerprint: hash of recordings, embeddings, partition and targets.
     """
 
     config: Config
@@ -81,8 +84,16 @@ def prepare(config: Config, progress: Progress | None = None) -> Setup:
     )
     wanted = _wanted_classes(config)
     recordings = everything if wanted is None else everything.select(wanted)
+    if len(recordings.class_names) < 2:
+        raise DataError(
+            f"{recordings.name}: only class {recordings.class_names[0]!r} is selected; at least 2 are needed"
+        )
     train, test = _split(config, recordings, np.ones(len(recordings.label), dtype=bool))
     partition = _deal(config, recordings, train)
+    if (config.federation.cohort_size or 1) > partition.num_clients:
+        asked = config.federation.cohort_size
+        raise DataError(f"federation.cohort_size is {asked} but the partition has {partition.num_clients} clients")
+    check_heads(head_specs(config))
     targets = make_text_targets(
         config.model.text_encoder.name,
         class_names=recordings.class_names,
@@ -110,8 +121,18 @@ def prepare(config: Config, progress: Progress | None = None) -> Setup:
         targets={head: table.numpy() for head, table in targets.targets.items()},
         client_names=tuple(config.nodes) or tuple(map(str, range(partition.num_clients))),
         used=used,
-        data_fingerprint=recordings.fingerprint,
+        data_fingerprint=_fingerprint(recordings, store, partition, targets.targets),
     )
+
+
+def _fingerprint(
+    recordings: Recordings, store: Store, partition: Partition, targets: Mapping[str, torch.Tensor]
+) -> str:
+    """Hash of all that numbers depend on besides the configuration: the store's name is that of its contents."""
+    sha = hashlib.sha256(f"{recordings.fingerprint}/{store.path.name}".encode())
+    for array in (partition.offsets, partition.rows, *(targets[head].numpy() for head in sorted(targets))):
+        sha.update(np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest()
 
 
 def _wanted_classes(config: Config) -> list[str] | None:
@@ -176,8 +197,6 @@ def _client_column(config: Config, recordings: Recordings, train: np.ndarray) ->
 def _check_statistics(config: Config, partition: Partition, recordings: Recordings) -> None:
     """Refuse a server step that could never receive a class statistic."""
     minimum = config.privacy.min_count
-    if minimum == 1:
-        log.warning("privacy.min_count is 1: the mean of one recording is that recording's embedding")
     if not config.feda2v.global_model_train:
         return
     counts = partition.class_counts(recordings.label, len(recordings.class_names))
@@ -233,3 +252,16 @@ def _embed(
         progress=progress,
     )
     return store, encoder.description
+
+
+MLP = AdapterPreset(preset="mlp", hidden=[1024])
+SLIM = AdapterPreset(preset="slim", hidden=[1024, 2048])
+
+
+def head_specs(config: Config) -> dict[str, HeadSpec]:
+    """How each head's adapter is built: `model.adapters`, else mlp for clip and slim for t5."""
+    specs = {}
+    for head, shape in config.model.head_shapes().items():
+        preset = config.model.adapters.get(head, SLIM if head == "t5" else MLP)
+        specs[head] = HeadSpec(preset.preset, shape, tuple(preset.hidden), preset.width, preset.num_heads)
+    return specs

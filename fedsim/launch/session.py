@@ -8,8 +8,11 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fedsim.federation.checkpoint import ServerState
 from fedsim.federation.experiment import Experiment, ExperimentHandle, RunFiles
@@ -58,8 +61,12 @@ def open_experiment(
     if config.resources.client_actors == 0:
         tracker, files = _record(setup, run_dir, mlflow_run_id, parent)
         device = choose_device(max(config.resources.server_gpus, config.resources.client_gpus))
-        server = Server(setup, InProcessPool(setup, device), device=device, state=state, status=status)
-        with _closing(Experiment(server, files, tracker), tracker) as experiment:
+
+        def in_process() -> ExperimentHandle:
+            server = Server(setup, InProcessPool(setup, device), device=device, state=state, status=status)
+            return Experiment(server, files, tracker)
+
+        with one_thread(), _closing(in_process, tracker) as experiment:
             yield experiment
         return
     from fedsim.cluster.handle import RemoteExperiment, demand_of, stop_ray
@@ -73,7 +80,8 @@ def open_experiment(
             if started:
                 check_fits(demand_of(setup))
             tracker, files = _record(setup, run_dir, mlflow_run_id, parent)
-            with _closing(RemoteExperiment(setup, files, tracker, state=state, status=status), tracker) as experiment:
+            remote = partial(RemoteExperiment, setup, files, tracker, state=state, status=status)
+            with _closing(remote, tracker) as experiment:
                 yield experiment
     finally:
         if started:
@@ -81,9 +89,11 @@ def open_experiment(
 
 
 @contextmanager
-def _closing(experiment: ExperimentHandle, tracker: Tracker) -> Iterator[ExperimentHandle]:
-    """Close the experiment; a run that ends too soon is marked FAILED, or KILLED when it was interrupted."""
+def _closing(make: Callable[[], ExperimentHandle], tracker: Tracker) -> Iterator[ExperimentHandle]:
+    """Make and close the experiment; a run that ends too soon is marked FAILED, or KILLED when it was interrupted."""
+    experiment: ExperimentHandle | None = None
     try:
+        experiment = make()
         yield experiment
     except StoppedEarly:
         tracker.finish("FINISHED", {}, {"fedsim.stopped_early": "true"})
@@ -95,7 +105,19 @@ def _closing(experiment: ExperimentHandle, tracker: Tracker) -> Iterator[Experim
         tracker.finish("FAILED", {}, {})
         raise
     finally:
-        experiment.close()
+        if experiment is not None:
+            experiment.close()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One torch thread: the order of a sum, and so its last bits, depends on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _record(

@@ -74,6 +74,8 @@ def default_uri(output_dir: Path, uri: str | None) -> str:
                 f"{source} {chosen!r} is a SQLite store in memory, which ends with the process; "
                 "use sqlite:///PATH/mlflow.db"
             )
+        if Path(path).is_dir():
+            raise ConfigError(f"{source} {chosen!r} is a folder; name a database file, e.g. sqlite:///PATH/mlflow.db")
         return _sqlite_uri(Path(path)) + mark + options
     if chosen.startswith("file:") or not (re.match(r"[A-Za-z][\w+.-]+://", chosen) or chosen.startswith("databricks")):
         raise ConfigError(

@@ -19,12 +19,15 @@ from worlds import (
     only_client,
     reconfigured,
     run,
+    tiny_config,
 )
 
 from fedsim.algorithms.aggregation import make_aggregator
 from fedsim.errors import ClientError, QuorumError
 from fedsim.federation.blocks import BlockTrainer, make_blocks
 from fedsim.federation.parts import build_parts, initial_state
+from fedsim.federation.pool import InProcessPool
+from fedsim.federation.setup import prepare
 from fedsim.models.saved import digest
 from fedsim.types import Block, Broadcast
 
@@ -354,3 +357,30 @@ def test_aggregators_agree_with_the_configuration(setup):
     for name in ("avg", "weighted", "none"):
         server = make_server(reconfigured(setup, NO_STEP, f"feda2v.adapter_aggregation_mode={name}"))
         assert type(server.aggregator) is type(make_aggregator(name))
+
+
+def test_a_block_halved_because_memory_ran_out_gives_the_same_bits(setup, reference, caplog):
+    pool = InProcessPool(setup, CPU)
+    train_clients = pool._trainer._train_clients
+
+    def scarce(ids, block, broadcast):
+        if len(ids) > 1:
+            raise torch.OutOfMemoryError("no memory for several clients")
+        return train_clients(ids, block, broadcast)
+
+    pool._trainer._train_clients = scarce
+    with caplog.at_level(logging.WARNING, logger="fedsim"):
+        halved, _ = run(setup, pool=pool)
+    assert digest(halved.state.adapter) == reference[0]
+    assert "clients at once in block 0: training halves" in caplog.text
+
+
+def test_without_averaging_a_newcomer_starts_where_the_others_did():
+    sets = ["feda2v.adapter_aggregation_mode=none", "federation.cohort_size=2", "federation.global_rounds=3"]
+    personal = []
+    for step in ("true", "false"):
+        setup = prepare(tiny_config(*sets, f"feda2v.global_model_train={step}", f"feda2v.use_generator={step}"))
+        server, _ = run(setup)
+        personal.append({client: digest(own) for client, own in server.state.personal.items()})
+    assert len(personal[0]) > 2
+    assert personal[0] == personal[1]

@@ -85,7 +85,7 @@ def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text(file.read_text()[:-20] + "\n")
     append_round(tmp_path, result(2))
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 1: not a JSON object"):
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 1: not the object of a round"):
         read_history(tmp_path)
 
 

@@ -117,10 +117,31 @@ def test_resuming_what_is_no_run_is_refused(tmp_path):
         session.resume(tmp_path)
 
 
-def test_resuming_before_the_first_checkpoint_is_refused(finished, tmp_path):
-    shutil.copy(finished[0] / "config.yaml", tmp_path)
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        session.resume(tmp_path)
+def test_resuming_before_the_first_checkpoint_starts_again(finished, tmp_path, caplog):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(finished[0] / "config.yaml", folder)
+    (folder / "metrics.jsonl").write_text('{"round": 1, "metrics": {}}\n')
+    with caplog.at_level(logging.WARNING, logger="fedsim"):
+        assert session.resume(folder)["digest"] == finished[1]["digest"]
+    assert "holds no checkpoint: the run starts again at round 1" in caplog.text
+
+
+def test_resuming_with_other_data_is_refused(finished, tmp_path):
+    folder = interrupted(finished, tmp_path, after=2)
+    state = next((folder / "checkpoints").glob("round-2")) / "state.json"
+    state.write_text(state.read_text().replace(finished[1]["data_fingerprint"], "0" * 64))
+    with pytest.raises(CheckpointError, match="made with other data"):
+        session.resume(folder)
+
+
+def test_a_resume_that_only_has_to_finish_evaluates_for_the_plots(finished, tmp_path):
+    folder = interrupted(finished, tmp_path, after=4)
+    (folder / "result.json").unlink(missing_ok=True)
+    assert session.resume(folder)["metrics"] == finished[1]["metrics"]
+    assert (folder / "plots" / "confusion_matrix.png").read_bytes() == (
+        finished[0] / "plots" / "confusion_matrix.png"
+    ).read_bytes()
 
 
 def test_resuming_with_an_edited_configuration_is_refused_naming_the_key(finished, tmp_path):

@@ -11,9 +11,9 @@ from worlds import CLASSES, CPU, SERVER_STEP, run, tiny_config
 
 from fedsim.data import open_recordings
 from fedsim.data.store import open_store
-from fedsim.errors import ConfigError, DataError, ModelError
-from fedsim.federation.parts import adapter_part, build_parts, head_specs, initial_state, rows_of
-from fedsim.federation.setup import prepare
+from fedsim.errors import ConfigError, DataError, FedsimError, ModelError
+from fedsim.federation.parts import adapter_part, build_parts, initial_state, rows_of
+from fedsim.federation.setup import head_specs, prepare
 from fedsim.models.saved import digest
 
 
@@ -77,10 +77,22 @@ def test_a_cohort_without_statistics_skips_the_server_step(setup, caplog):
     assert caplog.text.count("no statistics from clients") == waiting
 
 
-def test_a_minimum_of_one_is_warned_about(caplog):
-    with caplog.at_level(logging.WARNING):
-        prepare(tiny_config("privacy.min_count=1"))
-    assert "the mean of one recording is that recording's embedding" in caplog.text
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.classes=[dog]", "only class 'dog' is selected; at least 2 are needed"),
+        (
+            "model.adapters={clip: {preset: slim, width: 10, num_heads: 8}}",
+            "8 attention heads don't divide the width 10",
+        ),
+    ],
+)
+def test_what_can_be_told_early_is_told_before_anything_is_embedded(override, message):
+    def embedding(done: int, total: int) -> None:
+        raise AssertionError("recordings were embedded")
+
+    with pytest.raises(FedsimError, match=message):
+        prepare(tiny_config(override, "model.audio_encoder={name: logmel, segments: 3, dim: 17}"), embedding)
 
 
 def test_explicit_nodes_are_the_clients():

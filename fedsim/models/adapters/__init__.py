@@ -149,8 +149,8 @@ def make_adapter(
         ModelError: unknown preset, no hidden layer, a shape that isn't [width] or [tokens, width], attention heads
             that don't divide the width, or a mean target of another shape.
     """
+    check_heads(specs)
     for head, spec in specs.items():
-        _check(head, spec)
         if tuple(centre[head].shape) != spec.shape:
             raise ModelError(
                 f"incompatible dimensions: head {head!r} has shape {list(spec.shape)}, "
@@ -158,6 +158,16 @@ def make_adapter(
             )
     heads = {head: PRESETS[spec.preset](input_shape[1], spec) for head, spec in specs.items()}
     return Adapter(input_shape, dict(specs), heads, dict(centre), dict(scale))
+
+
+def check_heads(specs: Mapping[str, HeadSpec]) -> None:
+    """Refuse specs that no adapter can be built from.
+
+    Raises:
+        ModelError: unknown preset, no hidden layer, a bad shape, or attention heads that don't divide the width.
+    """
+    for head, spec in specs.items():
+        _check(head, spec)
 
 
 def _check(head: str, spec: HeadSpec) -> None:
