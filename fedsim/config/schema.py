@@ -50,6 +50,7 @@ class Data(Section):
         "folder of an ESC data set or path of a manifest (path,label[,fold|split][,client][,group]); "
         "default: a folder of the data set's name under $FEDSIM_DATA",
     )
+    download: bool = key(False, "fetch ESC-50 into the cache (600 MB, CC BY-NC) where data.path names no folder")
     classes: list[str] | None = key(None, "use these classes only (default: all)")
     test_fold: int = key(5, "official fold kept for evaluation, where the data set has folds", ge=0)
     test_share: float = key(0.2, "share of the recordings kept for evaluation where there are no folds", gt=0, lt=1)

@@ -101,7 +101,8 @@ def _find(name: str, path: str | None, usual: Sequence[str], *, is_there: Callab
     unset = "" if root or path else ", nor is $FEDSIM_DATA"
     raise DataError(
         f"data set {name} not found: {looked}{unset}; {_HOW_TO_GET[name]} and set data.path to it, "
-        "or use data.name synthetic, which needs no download"
+        + ("set data.download: true to fetch it, " if name.startswith("esc") else "")
+        + "or use data.name synthetic, which needs no download"
     )
 
 

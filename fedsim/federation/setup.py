@@ -21,6 +21,7 @@ import torch
 from fedsim.algorithms.generation import NO_STATISTICS
 from fedsim.config.schema import AdapterPreset, Config
 from fedsim.data import open_recordings
+from fedsim.data.download import fetch_esc50
 from fedsim.data.partition import NodeSpec, Partition, make_partition, partition_nodes
 from fedsim.data.recordings import Recordings
 from fedsim.data.split import split_recordings
@@ -75,9 +76,12 @@ def prepare(config: Config, progress: Progress | None = None) -> Setup:
     Raises:
         FedsimError: whatever is wrong with the data, the encoders or their combination, in one line.
     """
+    path = config.data.path
+    if path is None and config.data.download and config.data.name.startswith("esc"):
+        path = str(fetch_esc50(cache_dir(config), progress=progress))
     everything = open_recordings(
         config.data.name,
-        path=config.data.path,
+        path=path,
         classes=None,
         clips_per_class=config.data.clips_per_class,
         seed=config.experiment.seed,
