@@ -167,7 +167,14 @@ def test_an_interrupted_search_leaves_nothing_running(
     (tmp_path / "config.yaml").write_text(resolved_yaml(config))
     command = [sys.executable, "-m", "fedsim", "search", "config.yaml", "--output", "search"]
     root = str(Path(fedsim.__file__).parents[1])
-    with subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}) as process:
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        # A shell without job control starts background jobs with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
         until = time.monotonic() + 120
         while not list(tmp_path.glob("search/trials/*/metrics.jsonl")):
             assert process.poll() is None
@@ -175,6 +182,9 @@ def test_an_interrupted_search_leaves_nothing_running(
             time.sleep(0.1)
         process.send_signal(number)
         assert process.wait(timeout=60) == code
+    finally:
+        process.kill()
+        process.wait()
     runs = open_client(uri).search_runs(["1"])
     assert [(run.data.tags["fedsim.kind"], run.info.status) for run in runs] == [
         ("trial", "KILLED"),
