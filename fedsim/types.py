@@ -1,13 +1,14 @@
 """The records that travel between the parts of fedsim: frozen, plain, and made of arrays and numbers.
 
 Legend for shapes: K clients of a block, M (client, class) pairs, C classes, S segments, D audio embedding width,
-N rows of the embedding store; `*shape_m` is the output shape of head m, e.g. (768,) or (17, 4096).
+N rows of the embedding store, P numbers of an adapter; `*shape_m` is the output shape of head m, e.g. (768,) or
+(17, 4096).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +16,19 @@ from torch import Tensor
 
 AdapterState = dict[str, Tensor]
 """The trainable tensors by name, without a client axis. Names under "encoder." belong to the audio encoder."""
+
+
+def flatten_state(state: Mapping[str, Tensor]) -> Tensor:
+    """All tensors of a state as one float32 vector [P] on the CPU, in name order."""
+    return torch.cat([state[name].detach().reshape(-1).float().cpu() for name in sorted(state)])
+
+
+def unflatten_state(vector: Tensor, like: Mapping[str, Tensor]) -> AdapterState:
+    """The inverse of `flatten_state`: views into vectors [..., P] with the names, shapes and device of `like`."""
+    names = sorted(like)
+    parts = torch.split(vector, [like[name].numel() for name in names], dim=-1)
+    shaped = {n: part.view(*vector.shape[:-1], *like[n].shape) for n, part in zip(names, parts, strict=True)}
+    return {name: shaped[name].to(like[name].device) for name in like}
 
 
 @dataclass(frozen=True)
@@ -26,12 +40,15 @@ class Broadcast:
         seed: the experiment's seed; a client's stream is rng(seed, "client", round_number, client_id).
         adapter: the global trainable tensors.
         evaluate_personal: clients that keep their own adapters also score them on the held-out recordings.
+        evaluate_clients: clients measure loss and accuracy on their own recordings before and after training; where
+            they don't, those numbers are NaN.
     """
 
     round_number: int
     seed: int
     adapter: AdapterState
     evaluate_personal: bool = False
+    evaluate_clients: bool = True
 
 
 @dataclass(frozen=True)
@@ -41,13 +58,14 @@ class Block:
     Attributes:
         index: position of the block in the cohort's summation tree (block i holds cohort positions
             i * block_size ... (i + 1) * block_size - 1).
-        client_ids: the clients, in cohort order.
-        personal: client id -> that client's own trainable tensors, where the aggregator keeps them (`none`).
+        client_ids: the clients [K], int64, in cohort order.
+        own: where the aggregator keeps clients apart (`none`): the tensors each client starts from, as flat rows
+            [K, P] (see `flatten_state`); None: all start from the broadcast.
     """
 
     index: int
-    client_ids: tuple[int, ...]
-    personal: Mapping[int, AdapterState] = field(default_factory=dict)
+    client_ids: np.ndarray
+    own: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,9 @@ class ClassStats:
         audio_mean: mean audio embedding [M, S, D].
         audio_var: diagonal (biased) variance of the audio embeddings [M, S, D], or None where clients don't send it.
         output_mean: head -> mean adapter output [M, *shape_m].
+        threshold: the highest priority among the rows that a bounded sample left out (see `algorithms.row_sample`);
+            0: no row was left out.
+        sampled_count: recordings that the row stands for [M], float64, once a bounded sample is settled; None: its own.
     """
 
     client: np.ndarray
@@ -71,31 +92,38 @@ class ClassStats:
     audio_mean: Tensor
     audio_var: Tensor | None
     output_mean: Mapping[str, Tensor]
+    threshold: float = 0.0
+    sampled_count: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.client)
 
+    @property
+    def weight(self) -> np.ndarray:
+        """What a row counts in means over clients [M]: the recordings that it stands for."""
+        return self.count if self.sampled_count is None else self.sampled_count
+
     def to(self, device: torch.device) -> ClassStats:
         """The same table with its tensors on another device."""
-        return ClassStats(
-            self.client,
-            self.label,
-            self.count,
-            self.audio_mean.to(device),
-            None if self.audio_var is None else self.audio_var.to(device),
-            {head: mean.to(device) for head, mean in self.output_mean.items()},
+        return replace(
+            self,
+            audio_mean=self.audio_mean.to(device),
+            audio_var=None if self.audio_var is None else self.audio_var.to(device),
+            output_mean={head: mean.to(device) for head, mean in self.output_mean.items()},
         )
 
     def take(self, rows: np.ndarray) -> ClassStats:
         """The table restricted to the given row numbers, in the given order."""
         index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
-        return ClassStats(
+        return replace(
+            self,
             client=self.client[rows],
             label=self.label[rows],
             count=self.count[rows],
             audio_mean=self.audio_mean[index],
             audio_var=None if self.audio_var is None else self.audio_var[index],
             output_mean={head: mean[index] for head, mean in self.output_mean.items()},
+            sampled_count=None if self.sampled_count is None else self.sampled_count[rows],
         )
 
 
@@ -126,7 +154,16 @@ def join_stats(tables: list[ClassStats]) -> ClassStats:
         audio_mean=torch.cat([table.audio_mean for table in tables]),
         audio_var=torch.cat(variances) if len(variances) == len(tables) else None,
         output_mean={head: torch.cat([table.output_mean[head] for table in tables]) for head in heads},
+        threshold=max(table.threshold for table in tables),
+        sampled_count=_join_weights(tables),
     )
+
+
+def _join_weights(tables: list[ClassStats]) -> np.ndarray | None:
+    """`sampled_count` of a join: None where no table is a sample."""
+    if all(table.sampled_count is None for table in tables):
+        return None
+    return np.concatenate([table.weight for table in tables]).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -138,7 +175,8 @@ class ClientMetrics:
         num_examples: recordings the client trained on.
         train_loss: mean loss over the last local epoch's batches.
         loss_before, loss_after: loss over the client's own recordings before and after local training.
-        accuracy_before, accuracy_after: nearest-class-text accuracy there, 0 to 1.
+        accuracy_before, accuracy_after: nearest-class-text accuracy there, 0 to 1. These four are NaN in rounds without
+            evaluation (`Broadcast.evaluate_clients`).
         held_out_accuracy: accuracy of the client's own adapter on the held-out recordings (only with
             `adapter_aggregation_mode: none` in evaluated rounds), else NaN.
     """
@@ -164,7 +202,8 @@ class BlockUpdate:
         weight_sum: sum of the weights (float64).
         stats: class statistics of the block's clients.
         metrics: numbers per client.
-        personal: client id -> its trained tensors, only when the aggregator keeps clients apart.
+        updates: one flat row per client [K, P], float32, when the aggregator asks for them: the trained tensors where
+            clients are kept apart, else local - global; None when the sum is all that is needed.
         seconds: wall time of the block's training.
     """
 
@@ -173,7 +212,7 @@ class BlockUpdate:
     weight_sum: float
     stats: ClassStats
     metrics: ClientMetrics
-    personal: Mapping[int, AdapterState]
+    updates: np.ndarray | None
     seconds: float
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsim.models.adapters import Adapter
+from fedsim.models.adapters.layers import Params
 
 ENCODER = "encoder."
 """Prefix of the names of audio-encoder tensors in an AdapterState."""
@@ -26,9 +27,7 @@ class ClientModel(Protocol):
         """Clients that fit one stack; None for any number."""
         ...
 
-    def forward(
-        self, params: Mapping[str, Tensor], inputs: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, params: Params, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Stacked params, inputs [K, B, ...], lengths [K, B] -> (audio embeddings [K, B, S, D], head -> outputs)."""
         ...
 
@@ -40,9 +39,7 @@ class AdapterModel:
     adapter: Adapter
     max_clients: int | None = None
 
-    def forward(
-        self, params: Mapping[str, Tensor], inputs: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, params: Params, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Inputs are audio embeddings [K, B, S, D]; lengths are not used."""
         return inputs, self.adapter.forward(params, inputs)
 
@@ -60,9 +57,7 @@ class EncoderModel:
     encode: Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor]
     max_clients: int | None = 1
 
-    def forward(
-        self, params: Mapping[str, Tensor], inputs: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, params: Params, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Inputs are spectrograms [1, B, F, M], lengths their valid time patches [1, B]."""
         own = {name[len(ENCODER) :]: tensor[0] for name, tensor in params.items() if name.startswith(ENCODER)}
         embeddings = self.encode(own, inputs[0], lengths[0]).unsqueeze(0)

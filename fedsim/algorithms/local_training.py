@@ -1,44 +1,30 @@
 """Local training of a stack of clients in one pass.
 
-A client's arithmetic doesn't depend on its neighbours: every batch is padded to `batch_size` rows with a mask, never to
-the longest of the stack, and a client that has fewer steps simply leaves the stack. So a client's result has the same
-bits whatever block it is trained in.
+All clients start from the same weights. The stack holds them as `SharedWeight`s: the first step is one product for all
+clients. Under plain SGD they stay so as long as that is less work (an exact rewriting, not an approximation: see
+`keeps_factors`); any other optimiser, or many steps, multiplies them out after the first gradient.
 
-Legend: K clients of a stack, T steps, B batch_size, n_k recordings of client k.
+Legend: K clients of a stack, T steps, B batch_size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.algorithms.client_model import ClientModel
+from fedsim.algorithms.aggregation import tree_sum_
+from fedsim.algorithms.batches import Batch, Batches
+from fedsim.algorithms.client_model import ENCODER, ClientModel
 from fedsim.algorithms.objective import Objective
-from fedsim.algorithms.optimizers import clip_, make_optimizer
+from fedsim.algorithms.optimizers import Gradients, StackParams, clip_, make_optimizer
+from fedsim.models.adapters.layers import is_linear_weight
+from fedsim.models.adapters.shared_weight import OuterProduct, SharedWeight
 from fedsim.types import AdapterState
-
-
-@dataclass(frozen=True)
-class ClientRows:
-    """One client's recordings, already gathered from the store.
-
-    Attributes:
-        client: id.
-        inputs: [n_k, ...], what the client model takes.
-        lengths: [n_k] valid time patches (0 where the model doesn't need them).
-        labels: [n_k].
-        stream: the client's random stream of this round.
-    """
-
-    client: int
-    inputs: Tensor
-    lengths: Tensor
-    labels: Tensor
-    stream: np.random.Generator
 
 
 @dataclass(frozen=True)
@@ -52,130 +38,143 @@ class LocalTraining:
     momentum: float
     clip_norm: float
     local_epochs: int
+    precision: str = "float32"
+
+    @property
+    def linear_steps(self) -> bool:
+        """Whether a step only adds a multiple of the gradient (plain SGD)."""
+        return self.optimizer == "SGD" and not self.momentum and not self.weight_decay
 
 
-def num_batches(num_examples: int, batch_size: int) -> int:
-    """Batches of one epoch; the last one may be short."""
-    return -(-num_examples // batch_size)
+@dataclass
+class Buffers:
+    """Memory of a stack that outlives it: allocated once, reused by every stack of the same or a smaller size."""
+
+    _held: dict[str, Tensor] = field(default_factory=dict)
+
+    def get(self, name: str, shape: torch.Size, device: torch.device) -> Tensor:
+        """An uninitialised float32 tensor of this shape; the same memory for the same name."""
+        held, size = self._held.get(name), shape.numel()
+        if held is None or held.numel() < size or held.device != device:
+            held = self._held[name] = torch.empty(size, device=device)
+        return held[:size].view(shape)
 
 
-def batch_plan(num_examples: int, *, batch_size: int, epochs: int, stream: np.random.Generator) -> np.ndarray:
-    """Row numbers of every step [T, B], -1 where a batch is padded; a new permutation each epoch."""
-    steps = num_batches(num_examples, batch_size)
-    plan = np.full((epochs, steps * batch_size), -1, dtype=np.int64)
-    for epoch in range(epochs):
-        plan[epoch, :num_examples] = stream.permutation(num_examples)
-    return plan.reshape(epochs * steps, batch_size)
+def shared_start(state: Mapping[str, Tensor], clients: int) -> dict[str, Tensor | SharedWeight]:
+    """A stack of `clients` that all start from `state`."""
+    return {
+        name: SharedWeight(tensor, clients)
+        if is_linear_weight(name) and not name.startswith(ENCODER)
+        else tensor.unsqueeze(0).repeat(clients, *(1,) * tensor.ndim)
+        for name, tensor in state.items()
+    }
 
 
-@dataclass(frozen=True)
-class Batches:
-    """Rows of a stack of clients laid end to end, and which of them each step takes.
+def keeps_factors(weight: SharedWeight, grad: OuterProduct, *, steps: int, how: LocalTraining) -> bool:
+    """Whether the weights should stay a shared matrix plus outer products for all steps.
 
-    Attributes:
-        inputs, lengths, labels: all rows of the stack, client after client.
-        index: [K, T, B] into those rows; the client's first row where padded.
-        mask: [K, T, B] float, 0 where padded.
-        steps: [K] steps of each client, ascending.
+    It must be exact (a step adds a multiple of the gradient), and less work than weights of every client's own: with
+    R = steps * rows of rank, R (D + O) <= D O. One step alone never meets its own outer product.
     """
-
-    inputs: Tensor
-    lengths: Tensor
-    labels: Tensor
-    index: Tensor
-    mask: Tensor
-    steps: np.ndarray
-
-    def first_active(self, step: int) -> int:
-        """The first client that still has a step `step` (clients are ordered by steps)."""
-        return int(np.searchsorted(self.steps, step, side="right"))
-
-    def take(self, first: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Inputs [K', B, ...], lengths, labels and mask [K', B] of one step for clients `first` and up."""
-        index, mask = self.index[first:, step], self.mask[first:, step]
-        return self.inputs[index], self.lengths[index], self.labels[index], mask
-
-
-def lay_out(clients: Sequence[ClientRows], plans: Sequence[np.ndarray]) -> Batches:
-    """Batches of a stack from every client's plan [T_k, B]; clients must be ordered by T_k."""
-    steps = np.array([len(plan) for plan in plans])
-    starts = np.concatenate([[0], np.cumsum([len(c.labels) for c in clients])])
-    shape = (len(clients), int(steps.max(initial=0)), plans[0].shape[1])
-    # Padding repeats a client's own first row: a row of a neighbour that isn't finite would get past the mask.
-    index = np.broadcast_to(starts[:-1, None, None], shape).copy()
-    mask = np.zeros(shape, dtype=np.float32)
-    for k, plan in enumerate(plans):
-        index[k, : len(plan)] += np.maximum(plan, 0)
-        mask[k, : len(plan)] = plan >= 0
-    device = clients[0].inputs.device
-    return Batches(
-        inputs=torch.cat([c.inputs for c in clients]),
-        lengths=torch.cat([c.lengths for c in clients]),
-        labels=torch.cat([c.labels for c in clients]),
-        index=torch.from_numpy(index).to(device),
-        mask=torch.from_numpy(mask).to(device),
-        steps=steps,
-    )
+    rows, (in_dim, out_dim) = grad.x.shape[1], weight.shared.shape
+    return how.linear_steps and (steps == 1 or steps * rows * (in_dim + out_dim) <= in_dim * out_dim)
 
 
 def train_stack(
     model: ClientModel,
-    params: AdapterState,
-    clients: Sequence[ClientRows],
+    params: dict[str, Tensor | SharedWeight],
+    batches: Batches,
     *,
     objective: Objective,
     how: LocalTraining,
+    buffers: Buffers,
+    most_steps: int | None = None,
 ) -> np.ndarray:
     """Train every client of a stack, in place.
 
     Args:
         model: the client model.
-        params: stack [K, ...], changed in place; each client starts from its own slice.
-        clients: K clients ordered by their number of batches; none is empty.
+        params: stack, changed in place; each client starts from its own slice.
+        batches: the steps of K clients.
         objective: the loss.
         how: optimiser and batch settings.
+        buffers: memory for the weights and the optimiser's state.
+        most_steps: steps by which `keeps_factors` decides (default: the longest client's), so that a part of a stack
+            is trained as the whole one would have been.
 
     Returns:
         Mean loss of each client over its last local epoch [K].
     """
-    plans = [
-        batch_plan(len(c.labels), batch_size=how.batch_size, epochs=how.local_epochs, stream=c.stream) for c in clients
-    ]
-    batches = lay_out(clients, plans)
+    steps = batches.steps
+    last_epoch = torch.from_numpy(steps - steps // how.local_epochs).to(batches.mask.device)
     optimizer = make_optimizer(
         how.optimizer,
-        params,
         learning_rate=how.learning_rate,
         weight_decay=how.weight_decay,
         momentum=how.momentum,
+        state=lambda name, shape: buffers.get(name, shape, batches.mask.device),
     )
-    last_epoch = batches.steps - batches.steps // how.local_epochs
-    losses = np.zeros(len(clients))
-    for step in range(int(batches.steps[-1])):
-        first = batches.first_active(step)
+    losses = torch.zeros(len(steps), dtype=torch.float64, device=batches.mask.device)
+    for step, batch in enumerate(batches):
+        first = batch.first
         active = {name: p[first:] for name, p in params.items()}
-        loss, grads = loss_and_grads(model, active, batches.take(first, step), objective=objective)
+        loss, grads = loss_and_grads(model, active, batch, objective=objective, precision=how.precision)
         if how.clip_norm:
             clip_(grads, how.clip_norm)
-        optimizer.step(active, grads, first)
-        rows = batches.mask[first:, step].sum(1).cpu().numpy()
-        losses[first:] += np.where(step >= last_epoch[first:], loss.cpu().numpy() * rows, 0.0)
-    mean: np.ndarray = losses / np.array([len(c.labels) for c in clients])
+        if step == 0:
+            _multiply_out(params, grads, steps=most_steps or int(steps[-1]), how=how, buffers=buffers)
+            active = {name: p[first:] for name, p in params.items()}
+        optimizer.step(active, grads, first, clients=len(steps))
+        losses[first:] += torch.where(last_epoch[first:] <= step, loss * batch.rows, 0.0)
+    mean: np.ndarray = losses.cpu().numpy() / batches.data.counts
     return mean
 
 
+def _multiply_out(
+    params: dict[str, Tensor | SharedWeight], grads: Gradients, *, steps: int, how: LocalTraining, buffers: Buffers
+) -> None:
+    """Give every client weights of its own, where factors aren't kept; gradients likewise."""
+    for name, p in params.items():
+        grad = grads[name]
+        if not (isinstance(p, SharedWeight) and isinstance(grad, OuterProduct)):
+            continue
+        if not keeps_factors(p, grad, steps=steps, how=how):
+            params[name] = p.dense(buffers.get(name, p.shape, p.shared.device))
+            grads[name] = grad.dense(buffers.get(f"{name} gradient", p.shape, p.shared.device))
+
+
 def loss_and_grads(
-    model: ClientModel,
-    params: Mapping[str, Tensor],
-    batch: tuple[Tensor, Tensor, Tensor, Tensor],
-    *,
-    objective: Objective,
-) -> tuple[Tensor, AdapterState]:
-    """Mean loss of each client over the unmasked rows of one batch [K], and gradients by name [K, ...]."""
-    inputs, lengths, labels, mask = batch
-    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-    _, outputs = model.forward(leaves, inputs, lengths)
-    loss = (objective.loss_rows(outputs, labels) * mask).sum(1) / mask.sum(1)
-    grads = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
-    filled = [g if g is not None else torch.zeros_like(p) for g, p in zip(grads, leaves.values(), strict=True)]
-    return loss.detach(), {name: g.contiguous() for name, g in zip(leaves, filled, strict=True)}
+    model: ClientModel, params: StackParams, batch: Batch, *, objective: Objective, precision: str = "float32"
+) -> tuple[Tensor, Gradients]:
+    """Mean loss of each client over the unmasked rows of one batch [K], and gradients by name."""
+    leaves = {
+        name: p.leaf() if isinstance(p, SharedWeight) else p.detach().requires_grad_() for name, p in params.items()
+    }
+    device = batch.inputs.device.type
+    with torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext():
+        _, outputs = model.forward(leaves, batch.inputs, batch.lengths)
+    loss = (objective.loss_rows({h: o.float() for h, o in outputs.items()}, batch.labels) * batch.mask).sum(1)
+    loss = loss / batch.rows
+    seen = [p.seen if isinstance(p, SharedWeight) else p for p in leaves.values()]
+    found = torch.autograd.grad(loss.sum(), seen, allow_unused=True)
+    grads: Gradients = {}
+    for (name, leaf), grad in zip(leaves.items(), found, strict=True):
+        if isinstance(leaf, SharedWeight):
+            grads[name] = leaf.gradient()
+        else:
+            grads[name] = torch.zeros_like(leaf) if grad is None else grad.contiguous()
+    return loss.detach(), grads
+
+
+def weighted_deltas(params: StackParams, start: Mapping[str, Tensor], weights: np.ndarray) -> AdapterState:
+    """Sum over clients, along the fixed tree, of weight * (local - global). The stack is used up."""
+    sums: AdapterState = {}
+    for name, p in params.items():
+        factor = torch.from_numpy(weights.astype(np.float32)).to(start[name].device)
+        if isinstance(p, SharedWeight):
+            sums[name] = tree_sum_(p.weighted_deltas(factor))
+        else:
+            deltas = p.sub_(start[name]).mul_(factor.view(-1, *(1,) * (p.ndim - 1)))
+            # A copy: the next stack overwrites the buffer.
+            sums[name] = tree_sum_(deltas).clone()
+    return sums

@@ -4,21 +4,23 @@ ClassStats are the only thing beside weights that leaves a client: count, mean a
 variance and mean adapter output of every class with at least `min_count` recordings. A message's size depends on the
 number of classes, never on the number of recordings.
 
-Legend: K clients of a stack, B batch_size, C classes, S segments, D width.
+Legend: K clients of a stack, B batch_size, M (client, class) pairs, S segments, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.algorithms.batches import ClientRows, one_pass
 from fedsim.algorithms.client_model import ClientModel
-from fedsim.algorithms.local_training import ClientRows, lay_out, num_batches
 from fedsim.algorithms.objective import Objective
+from fedsim.algorithms.optimizers import StackParams
+from fedsim.models.adapters import Adapter
 from fedsim.types import ClassStats
 
 
@@ -33,8 +35,8 @@ class LocalEvaluation:
 
 def evaluate_stack(
     model: ClientModel,
-    params: Mapping[str, Tensor],
-    clients: Sequence[ClientRows],
+    params: StackParams,
+    clients: ClientRows,
     *,
     objective: Objective,
     batch_size: int,
@@ -52,80 +54,91 @@ def evaluate_stack(
         stats_min_count: send statistics of classes with at least so many recordings; None for no statistics.
         share_variances: include the diagonal variance.
     """
-    num_classes = len(objective.targets[objective.primary])
-    plans = [_in_order(len(c.labels), batch_size) for c in clients]
-    batches = lay_out(clients, plans)
-    loss, correct = np.zeros(len(clients)), np.zeros(len(clients))
-    tables = [_ClassSums(num_classes) for _ in clients] if stats_min_count is not None else []
+    batches = one_pass(clients, batch_size=batch_size)
+    device = batches.mask.device
+    loss = torch.zeros(len(clients), device=device)
+    correct = torch.zeros(len(clients), device=device)
+    sums = None if stats_min_count is None else _ClassSums(clients, len(objective.targets[objective.primary]))
     with torch.no_grad():
-        for step in range(int(batches.steps[-1])):
-            first = batches.first_active(step)
-            inputs, lengths, labels, mask = batches.take(first, step)
+        for batch in batches:
+            first = batch.first
             active = {name: p[first:] for name, p in params.items()}
-            embeddings, outputs = model.forward(active, inputs, lengths)
-            hits = objective.cosines(objective.primary, outputs[objective.primary]).argmax(-1) == labels
-            loss[first:] += (objective.loss_rows(outputs, labels) * mask).sum(1).cpu().numpy()
-            correct[first:] += (hits * mask).sum(1).cpu().numpy()
-            for k, table in enumerate(tables[first:]):
-                real = int(mask[k].sum())
-                table.add(labels[k, :real], embeddings[k, :real], {h: o[k, :real] for h, o in outputs.items()})
-    examples = np.array([len(c.labels) for c in clients])
-    stats = None
-    if stats_min_count is not None:
-        stats = _stats_table(clients, tables, min_count=stats_min_count, share_variances=share_variances)
-    return LocalEvaluation(loss / examples, correct / examples, stats)
+            embeddings, outputs = model.forward(active, batch.inputs, batch.lengths)
+            hits = objective.cosines(objective.primary, outputs[objective.primary]).argmax(-1) == batch.labels
+            loss[first:] += (objective.loss_rows(outputs, batch.labels) * batch.mask).sum(1)
+            correct[first:] += (hits * batch.mask).sum(1)
+            if sums is not None:
+                sums.add(first, batch.labels, batch.mask, embeddings, outputs)
+        stats = None
+        if sums is not None and stats_min_count is not None:
+            stats = sums.table(min_count=stats_min_count, share_variances=share_variances)
+    return LocalEvaluation(loss.cpu().numpy() / clients.counts, correct.cpu().numpy() / clients.counts, stats)
 
 
-def _in_order(num_examples: int, batch_size: int) -> np.ndarray:
-    """Row numbers 0, 1, 2 ... in chunks [T, B], -1 where padded."""
-    plan = np.full(num_batches(num_examples, batch_size) * batch_size, -1, dtype=np.int64)
-    plan[:num_examples] = np.arange(num_examples)
-    return plan.reshape(-1, batch_size)
+def empty_stats(adapter: Adapter) -> ClassStats:
+    """A table without rows."""
+    none = np.zeros(0, dtype=np.int64)
+    means = torch.zeros(0, *adapter.input_shape)
+    return ClassStats(
+        client=none,
+        label=none,
+        count=none,
+        audio_mean=means,
+        audio_var=means,
+        output_mean={head: torch.zeros(0, *spec.shape) for head, spec in adapter.specs.items()},
+    )
 
 
 class _ClassSums:
-    """Running sums of one client; audio embeddings are kept until the end so that the variance is a two-pass one."""
+    """Sums over the recordings of every (client, class) pair that occurs in a stack, all pairs at once."""
 
-    def __init__(self, num_classes: int) -> None:
-        self._num_classes = num_classes
-        self._labels: list[Tensor] = []
-        self._embeddings: list[Tensor] = []
+    def __init__(self, clients: ClientRows, num_classes: int) -> None:
+        self._clients, self._classes = clients, num_classes
+        self._device = clients.labels.device
+        labels = clients.labels.cpu().numpy()[clients.rows]
+        owner = np.repeat(np.arange(len(clients)), clients.counts)
+        self._pairs, self._counts = np.unique(owner * num_classes + labels, return_counts=True)
+        self._number = torch.from_numpy(self._pairs).to(self._device)
+        # Audio embeddings are kept until the end, so that the variance is a two-pass one.
+        self._kept: list[tuple[Tensor, Tensor]] = []
         self._outputs: dict[str, Tensor] = {}
 
-    def add(self, labels: Tensor, embeddings: Tensor, outputs: Mapping[str, Tensor]) -> None:
-        """Add rows: labels [n], embeddings [n, S, D], head -> outputs [n, *shape]."""
-        self._labels.append(labels)
-        self._embeddings.append(embeddings)
+    def add(self, first: int, labels: Tensor, mask: Tensor, embeddings: Tensor, outputs: Mapping[str, Tensor]) -> None:
+        """Add one batch of clients `first` and up: labels, mask [K', B], embeddings [K', B, S, D], outputs."""
+        real = mask.flatten().nonzero().flatten()
+        owner = torch.arange(first, first + len(labels), device=self._device).unsqueeze(1)
+        pair = torch.searchsorted(self._number, (owner * self._classes + labels).flatten()[real])
+        self._kept.append((pair, embeddings.flatten(0, 1)[real]))
         for head, rows in outputs.items():
             if head not in self._outputs:
-                self._outputs[head] = torch.zeros(self._num_classes, *rows.shape[1:], device=rows.device)
-            self._outputs[head].index_add_(0, labels, rows)
+                self._outputs[head] = torch.zeros(len(self._pairs), *rows.shape[2:], device=self._device)
+            self._outputs[head].index_add_(0, pair, rows.flatten(0, 1)[real])
 
-    def finish(self, min_count: int) -> tuple[np.ndarray, np.ndarray, Tensor, Tensor, dict[str, Tensor]]:
-        """Labels [M], counts [M], means and variances [M, S, D], head -> mean outputs [M, *shape]."""
-        labels, embeddings = torch.cat(self._labels), torch.cat(self._embeddings)
-        counts = torch.bincount(labels, minlength=self._num_classes)
-        kept = torch.nonzero(counts >= min_count).flatten()
-        rows = [embeddings[labels == c] for c in kept]
-        empty = embeddings[:0]
-        means = torch.stack([r.mean(0) for r in rows]) if rows else empty
-        variances = torch.stack([r.var(0, unbiased=False) for r in rows]) if rows else empty
-        outputs = {
-            head: sums[kept] / counts[kept].view(-1, *(1,) * (sums.ndim - 1)) for head, sums in self._outputs.items()
-        }
-        return kept.cpu().numpy(), counts[kept].cpu().numpy(), means, variances, outputs
+    def table(self, *, min_count: int, share_variances: bool) -> ClassStats:
+        """Statistics of the pairs with at least `min_count` recordings, by client and class."""
+        chosen = self._counts >= min_count
+        rows = torch.from_numpy(np.flatnonzero(chosen)).to(self._device)
+        counts = torch.from_numpy(self._counts).to(self._device)
+        mean = _divide(self._sum(lambda pair, x: x), counts)
+        variance = None
+        if share_variances:
+            variance = _divide(self._sum(lambda pair, x: (x - mean[pair]).square()), counts)[rows].cpu()
+        owner, label = np.divmod(self._pairs[chosen], self._classes)
+        return ClassStats(
+            client=self._clients.client[owner].astype(np.int64),
+            label=label,
+            count=self._counts[chosen],
+            audio_mean=mean[rows].cpu(),
+            audio_var=variance,
+            output_mean={head: _divide(sums, counts)[rows].cpu() for head, sums in self._outputs.items()},
+        )
+
+    def _sum(self, value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        total = torch.zeros(len(self._pairs), *self._kept[0][1].shape[1:], device=self._device)
+        for pair, embeddings in self._kept:
+            total.index_add_(0, pair, value(pair, embeddings))
+        return total
 
 
-def _stats_table(
-    clients: Sequence[ClientRows], tables: Sequence[_ClassSums], *, min_count: int, share_variances: bool
-) -> ClassStats:
-    parts = [table.finish(min_count) for table in tables]
-    heads = parts[0][4]
-    return ClassStats(
-        client=np.repeat([c.client for c in clients], [len(p[0]) for p in parts]).astype(np.int64),
-        label=np.concatenate([p[0] for p in parts]),
-        count=np.concatenate([p[1] for p in parts]),
-        audio_mean=torch.cat([p[2] for p in parts]).cpu(),
-        audio_var=torch.cat([p[3] for p in parts]).cpu() if share_variances else None,
-        output_mean={head: torch.cat([p[4][head] for p in parts]).cpu() for head in heads},
-    )
+def _divide(sums: Tensor, counts: Tensor) -> Tensor:
+    return sums / counts.view(-1, *(1,) * (sums.ndim - 1))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedsim.errors import ModelError
-from fedsim.models.adapters.layers import nest
+from fedsim.models.adapters.layers import Params, nest
 from fedsim.models.adapters.map import MapAdapter
 from fedsim.models.adapters.mlp import MlpAdapter
 from fedsim.seeding import rng
@@ -30,7 +30,7 @@ class HeadAdapter(Protocol):
         """Trainable tensors of one client, drawn from `stream`."""
         ...
 
-    def forward(self, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def forward(self, params: Params, x: Tensor) -> Tensor:
         """Stacked parameters and x [K, B, S, D] -> [K, B, *shape]."""
         ...
 
@@ -45,6 +45,7 @@ class HeadSpec:
         hidden: widths of the token MLP's hidden layers.
         width: slim: width of the pooling.
         num_heads: map, slim: attention heads.
+        norm: LayerNorm before the token MLP.
     """
 
     preset: str
@@ -52,6 +53,7 @@ class HeadSpec:
     hidden: tuple[int, ...]
     width: int
     num_heads: int
+    norm: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,11 @@ class Adapter:
             state |= nest(head, adapter.init(rng(seed, "adapter", head)))
         return state
 
-    def forward(self, params: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+    def forward(self, params: Params, x: Tensor) -> dict[str, Tensor]:
         """Prompt embeddings of a stack.
 
         Args:
-            params: tensors with a leading K axis.
+            params: a stack of parameters.
             x: audio embeddings [K, B, S, D].
 
         Returns:
@@ -124,9 +126,9 @@ def unstack(stacked: Mapping[str, Tensor], client: int = 0) -> AdapterState:
 
 
 PRESETS: dict[str, Callable[[int, HeadSpec], HeadAdapter]] = {
-    "mlp": lambda dim, spec: MlpAdapter(dim, spec.shape, spec.hidden),
-    "map": lambda dim, spec: MapAdapter(dim, spec.shape, spec.hidden, None, spec.num_heads),
-    "slim": lambda dim, spec: MapAdapter(dim, spec.shape, spec.hidden, spec.width, spec.num_heads),
+    "mlp": lambda dim, spec: MlpAdapter(dim, spec.shape, spec.hidden, spec.norm),
+    "map": lambda dim, spec: MapAdapter(dim, spec.shape, spec.hidden, None, spec.num_heads, spec.norm),
+    "slim": lambda dim, spec: MapAdapter(dim, spec.shape, spec.hidden, spec.width, spec.num_heads, spec.norm),
 }
 
 

@@ -11,16 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedsim.models.adapters.shared_weight import stacked_linear
 from fedsim.seeding import normal
 from fedsim.types import AdapterState
 
-Params = Mapping[str, Tensor]
+Params = Mapping[str, Any]
+"""A stack of parameters by name: tensors [K, ...]; the weights of `linear` may be a `SharedWeight` instead."""
 
 
 def linear_init(stream: np.random.Generator, in_dim: int, out_dim: int, *, bias: bool = True) -> AdapterState:
@@ -33,8 +36,7 @@ def linear(params: Params, name: str, x: Tensor) -> Tensor:
     """X [K, ..., D] times weight [K, D, O] plus bias [K, O] -> [K, ..., O]."""
     weight = params[f"{name}.weight"]
     rows = x.reshape(x.shape[0], -1, x.shape[-1])
-    bias = params.get(f"{name}.bias")
-    out = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight)
+    out = stacked_linear(rows, weight, params.get(f"{name}.bias"))
     return out.reshape(*x.shape[:-1], weight.shape[-1])
 
 
@@ -60,9 +62,9 @@ def rms_norm(params: Params, name: str, x: Tensor) -> Tensor:
     return scaled * per_client(params[f"{name}.gain"], x.ndim)
 
 
-def token_mlp_init(stream: np.random.Generator, widths: list[int]) -> AdapterState:
-    """LayerNorm, then linear layers widths[0] -> widths[1] -> ...; at least two widths."""
-    state = nest("norm", layer_norm_init(widths[0]))
+def token_mlp_init(stream: np.random.Generator, widths: list[int], *, norm: bool) -> AdapterState:
+    """LayerNorm (with `norm`), then linear layers widths[0] -> widths[1] -> ...; at least two widths."""
+    state = nest("norm", layer_norm_init(widths[0])) if norm else {}
     for layer, (in_dim, out_dim) in enumerate(pairwise(widths)):
         state |= nest(f"layer{layer}", linear_init(stream, in_dim, out_dim))
     return state
@@ -70,7 +72,8 @@ def token_mlp_init(stream: np.random.Generator, widths: list[int]) -> AdapterSta
 
 def token_mlp(params: Params, name: str, x: Tensor, *, num_layers: int, last_activation: bool) -> Tensor:
     """Apply the same MLP to every token: x [K, B, S, D] -> [K, B, S, O], GELU between layers."""
-    x = layer_norm(params, f"{name}.norm", x)
+    if f"{name}.norm.gain" in params:
+        x = layer_norm(params, f"{name}.norm", x)
     for layer in range(num_layers):
         x = linear(params, f"{name}.layer{layer}", x)
         if last_activation or layer < num_layers - 1:
@@ -111,7 +114,8 @@ def attention_pool(params: Params, name: str, x: Tensor, *, num_heads: int) -> T
     latents = params[f"{name}.latents"]
     clients, batch, tokens, dim = x.shape
     size = dim // num_heads
-    query = linear(params, f"{name}.q", latents).view(clients, 1, -1, num_heads, size).transpose(2, 3)
+    # A copy: a SharedWeight keeps the inputs of its products, and the optimiser changes the latents in place.
+    query = linear(params, f"{name}.q", latents.clone()).view(clients, 1, -1, num_heads, size).transpose(2, 3)
     key, value = (
         part.reshape(clients, batch, tokens, num_heads, size).transpose(2, 3)
         for part in linear(params, f"{name}.kv", linear(params, f"{name}.project", x)).chunk(2, dim=-1)
@@ -123,6 +127,11 @@ def attention_pool(params: Params, name: str, x: Tensor, *, num_heads: int) -> T
     gate, up = linear(params, f"{name}.up", hidden).chunk(2, dim=-1)
     mixed = linear(params, f"{name}.down", functional.silu(gate) * up)
     return rms_norm(params, f"{name}.mlp_norm", hidden + mixed)
+
+
+def is_linear_weight(name: str) -> bool:
+    """Whether a tensor is used by `linear` alone, and so may be a `SharedWeight`."""
+    return name.endswith(".weight")
 
 
 def nest(prefix: str, state: Mapping[str, Tensor]) -> AdapterState:
