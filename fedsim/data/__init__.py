@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fedsim.data.audio import FileSource, read_audio
-from fedsim.data.dealing import PARTITIONS
+from fedsim.data.dealing import PARTITIONS, make_partition
+from fedsim.data.drawn import DrawnPartition, draw_partition
 from fedsim.data.esc import is_esc_folder, open_esc
 from fedsim.data.manifest import open_manifest
-from fedsim.data.partition import NodeSpec, Partition, make_partition, partition_nodes
+from fedsim.data.nodes import NodeSpec, partition_nodes
+from fedsim.data.partition import Partition, StoredPartition
 from fedsim.data.recordings import AudioSource, Recordings, nearest
 from fedsim.data.split import split_recordings
 from fedsim.data.synthetic import open_synthetic
@@ -21,10 +23,13 @@ __all__ = [
     "DATASETS",
     "PARTITIONS",
     "AudioSource",
+    "DrawnPartition",
     "FileSource",
     "NodeSpec",
     "Partition",
     "Recordings",
+    "StoredPartition",
+    "draw_partition",
     "make_partition",
     "open_recordings",
     "partition_nodes",

@@ -1,7 +1,9 @@
-"""How source recordings are dealt to clients: one function per kind of partition.
+"""How source recordings are dealt to clients: one function per kind of partition, and `make_partition`.
 
-Legend for shapes: n training rows, G source recordings, K clients, C classes. Every function gives the client of each
-source recording [G]; clients may come out empty where chance wants it, `partition.make_partition` mends that.
+Legend for shapes: n training rows, G source recordings, K clients, C classes. Every kind gives the client of each
+source recording [G]; clients may come out empty where chance wants it, `make_partition` mends that. Whole source
+recordings (`group`) are dealt, so none is ever in two clients. Results depend on the arguments and the random stream
+only.
 
 References: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data", section 3
 (shards); Hsu, Qi and Brown 2019, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
@@ -17,6 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedsim.data.partition import StoredPartition, from_owner
+from fedsim.data.recordings import nearest
 from fedsim.errors import DataError
 
 _logger = logging.getLogger(__name__)
@@ -43,10 +47,12 @@ class Groups:
 def groups_of(label: np.ndarray, group: np.ndarray) -> Groups:
     """The source recordings behind the rows, from class numbers [n] and names of source recordings [n]."""
     _, number = np.unique(group, return_inverse=True)
-    cells, sizes = np.unique(np.stack([number, label]), axis=1, return_counts=True)
-    order = np.lexsort((cells[1], -sizes, cells[0]))
-    _, first = np.unique(cells[0][order], return_index=True)
-    return Groups(number=number, label=cells[1][order][first], size=np.bincount(number))
+    num_classes = int(label.max(initial=0)) + 1
+    cells, sizes = np.unique(number * num_classes + label, return_counts=True)
+    of_group, of_class = np.divmod(cells, num_classes)
+    order = np.lexsort((of_class, -sizes, of_group))
+    _, first = np.unique(of_group[order], return_index=True)
+    return Groups(number=number, label=of_class[order][first], size=np.bincount(number))
 
 
 def _large_first(groups: Groups, members: np.ndarray, stream: np.random.Generator) -> np.ndarray:
@@ -125,10 +131,11 @@ def classes_per_client(
     available = np.bincount(groups.label)[labels]
     held = np.zeros(len(labels))
     hands = np.empty((num_clients, classes_per_client), dtype=np.int64)
+    chance = stream.random((num_clients, len(labels)))
     for client in range(num_clients):
         # The least held classes, ties by chance; those with no source recording left to give come last.
-        rank = held + stream.random(len(labels)) + num_clients * (held >= available)
-        hands[client] = np.argpartition(rank, classes_per_client - 1)[:classes_per_client]
+        rank = held + chance[client] + num_clients * (held >= available)
+        hands[client] = rank.argpartition(classes_per_client - 1)[:classes_per_client]
         held[hands[client]] += 1
     owner = np.empty(len(groups), dtype=np.int64)
     for index, label in enumerate(labels):
@@ -165,10 +172,10 @@ def by_column(
     values, value = np.unique(column, return_inverse=True)
     if "" in values.tolist():
         raise DataError(f"partition by_column: {np.count_nonzero(column == '')} recordings have no value in the column")
-    pairs = np.unique(np.stack([groups.number, value]), axis=1)
-    if pairs.shape[1] > len(groups):
-        twice = np.flatnonzero(np.bincount(pairs[0]) > 1)[0]
-        first, second = values[pairs[1][pairs[0] == twice]][:2].tolist()
+    of_group, value_of_group = np.divmod(np.unique(groups.number * len(values) + value), len(values))
+    if len(of_group) > len(groups):
+        twice = np.flatnonzero(np.bincount(of_group) > 1)[0]
+        first, second = values[value_of_group[of_group == twice]][:2].tolist()
         raise DataError(
             f"partition by_column: the values {first!r} and {second!r} share a source recording, which can't be in two "
             "clients; choose another column, or mend the column group"
@@ -176,7 +183,7 @@ def by_column(
     if len(values) != num_clients:
         how = "the smallest are merged" if num_clients < len(values) else f"there will be {len(values)} clients"
         _logger.warning("by_column: %d clients for %d values of the column: %s", num_clients, len(values), how)
-    owner: np.ndarray = _merge_smallest(np.bincount(value), num_clients)[pairs[1]]
+    owner: np.ndarray = _merge_smallest(np.bincount(value), num_clients)[value_of_group]
     return owner
 
 
@@ -202,3 +209,77 @@ PARTITIONS: Mapping[str, tuple[Callable[..., np.ndarray], tuple[str, ...]]] = {
     "by_column": (by_column, ("column",)),
 }
 """Kind of partition -> the function that deals, and the options of `make_partition` that it takes."""
+
+
+def make_partition(
+    kind: str,
+    *,
+    label: np.ndarray,
+    group: np.ndarray,
+    num_clients: int,
+    stream: np.random.Generator,
+    alpha: float = 0.5,
+    shards_per_client: int = 2,
+    classes_per_client: int = 1,
+    column: np.ndarray | None = None,
+) -> StoredPartition:
+    """Deal training rows to clients: every row exactly once, no client empty, no source recording in two clients.
+
+    Args:
+        kind: a key of `PARTITIONS`.
+        label: class numbers of the training rows [n].
+        group: source recording of each row [n].
+        num_clients: K; `by_column` may give fewer (one client per value of the column).
+        stream: the only source of chance.
+        alpha: dirichlet: concentration; small means few classes per client.
+        shards_per_client: shards: shards of each client.
+        classes_per_client: classes_per_client: classes of each client.
+        column: by_column: value of the natural key of each row [n].
+
+    Raises:
+        DataError: the kind is unknown, there are fewer source recordings than clients, or the kind's own condition
+            fails (see its function).
+    """
+    if kind not in PARTITIONS:
+        raise DataError(f"unknown partition {kind!r}; {nearest(kind, PARTITIONS)}")
+    groups = groups_of(label, group)
+    if len(groups) < (1 if kind == "by_column" else num_clients):
+        raise DataError(
+            f"{num_clients} clients need at least as many source recordings, but the training data has {len(groups)} "
+            f"(with {len(label)} recordings); lower federation.num_clients"
+        )
+    options = {
+        "alpha": alpha,
+        "shards_per_client": shards_per_client,
+        "classes_per_client": classes_per_client,
+        "column": column,
+    }
+    deal, wanted = PARTITIONS[kind]
+    owner = deal(groups, num_clients=num_clients, stream=stream, **{name: options[name] for name in wanted})
+    if kind == "by_column":
+        num_clients = int(owner.max()) + 1
+    return from_owner(_fill_empty(owner, groups, num_clients, stream)[groups.number], num_clients)
+
+
+def _fill_empty(owner: np.ndarray, groups: Groups, num_clients: int, stream: np.random.Generator) -> np.ndarray:
+    """Give every empty client one source recording of the client that is largest at that moment."""
+    held = np.bincount(owner, minlength=num_clients)
+    empty = np.flatnonzero(held == 0)
+    if not len(empty):
+        return owner
+    shuffled = stream.permutation(len(owner))
+    stock, begin = shuffled[np.argsort(owner[shuffled], kind="stable")], np.cumsum(held) - held
+    rows = np.bincount(owner, weights=groups.size, minlength=num_clients)
+    donors = [(-rows[client], client) for client in np.flatnonzero(held > 1).tolist()]
+    heapq.heapify(donors)
+    filled = owner.copy()
+    for client in empty.tolist():
+        load, donor = heapq.heappop(donors)  # never runs dry: there are at least as many groups as clients
+        held[donor] -= 1
+        given = stock[begin[donor] + held[donor]]
+        filled[given] = client
+        if held[donor] > 1:
+            heapq.heappush(donors, (load + groups.size[given], donor))
+    _logger.warning("%d of %d clients came out empty: each got a source recording of the then largest client",
+                    len(empty), num_clients)  # fmt: skip
+    return filled

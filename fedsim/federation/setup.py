@@ -12,44 +12,45 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fedsim.algorithms.generation import NO_STATISTICS
 from fedsim.config.schema import AdapterPreset, Config
 from fedsim.data import open_recordings
 from fedsim.data.download import fetch_esc50
-from fedsim.data.partition import NodeSpec, Partition, make_partition, partition_nodes
+from fedsim.data.partition import Partition, StoredPartition, map_partition
 from fedsim.data.recordings import Recordings
 from fedsim.data.split import split_recordings
 from fedsim.data.store import Store, fill_store, write_store
 from fedsim.errors import ConfigError, DataError
+from fedsim.federation.population import check_statistics, deal
 from fedsim.models.adapters import HeadSpec, check_heads
 from fedsim.models.encoders import make_audio_encoder, require_ast
 from fedsim.models.encoders.precomputed import load_precomputed, precomputed_fingerprint
 from fedsim.models.encoders.text import make_text_targets
-from fedsim.seeding import rng
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 
+_MAP_BYTES = 64 * 2**20
+"""Partitions larger than this are memory-mapped from the cache instead of being sent to actors."""
+
 
 @dataclass(frozen=True)
 class Setup:
-    """All that actors are told once.
+    """All that actors are told once; small, however large the population is.
 
     Attributes:
         config: the resolved configuration.
         class_names: C names; a class is its position.
         store_path: folder of the embedding store, rows in the order of `labels`.
         labels: class of every recording [N].
-        partition: training rows of every client.
+        partition: training rows of every client, stored or computed.
         test_rows: rows that no client holds.
         targets: head -> text targets [C, *shape].
-        client_names: ids from `nodes`, or numbers, for messages.
         used: what was used, for people: audio and text encoder, data.
         data_fingerprint: hash of recordings, embeddings, partition and targets.
     """
@@ -61,9 +62,13 @@ class Setup:
     partition: Partition
     test_rows: np.ndarray
     targets: Mapping[str, np.ndarray]
-    client_names: tuple[str, ...]
     used: Mapping[str, str]
     data_fingerprint: str
+
+    def client_name(self, client: int) -> str:
+        """A client in messages: its id from `nodes`, or its number."""
+        names = tuple(self.config.nodes)
+        return names[client] if client < len(names) else str(client)
 
 
 def prepare(config: Config, progress: Progress | None = None) -> Setup:
@@ -93,7 +98,7 @@ def prepare(config: Config, progress: Progress | None = None) -> Setup:
             f"{recordings.name}: only class {recordings.class_names[0]!r} is selected; at least 2 are needed"
         )
     train, test = _split(config, recordings, np.ones(len(recordings.label), dtype=bool))
-    partition = _deal(config, recordings, train)
+    partition = deal(config, recordings, train)
     if (config.federation.cohort_size or 1) > partition.num_clients:
         asked = config.federation.cohort_size
         raise DataError(f"federation.cohort_size is {asked} but the partition has {partition.num_clients} clients")
@@ -108,11 +113,13 @@ def prepare(config: Config, progress: Progress | None = None) -> Setup:
         revision=config.model.text_encoder.revision,
         template=config.model.text_encoder.template,
     )
-    _check_statistics(config, partition, recordings)
+    check_statistics(config, partition, recordings)
     store, audio_encoder = _embed(config, everything, recordings, progress)
     if not store.ok.all():
         train, test = _split(config, recordings, store.ok)
-        partition = _deal(config, recordings, train)
+        partition = deal(config, recordings, train)
+    if isinstance(partition, StoredPartition) and partition.offsets.nbytes + partition.rows.nbytes > _MAP_BYTES:
+        partition = map_partition(partition, cache_dir(config))
     used = {"audio_encoder": audio_encoder, "data": recordings.name}
     used |= {f"text_{head}": source for head, source in targets.source.items()}
     return Setup(
@@ -123,7 +130,6 @@ def prepare(config: Config, progress: Progress | None = None) -> Setup:
         partition=partition,
         test_rows=test,
         targets={head: table.numpy() for head, table in targets.targets.items()},
-        client_names=tuple(config.nodes) or tuple(map(str, range(partition.num_clients))),
         used=used,
         data_fingerprint=_fingerprint(recordings, store, partition, targets.targets),
     )
@@ -133,9 +139,9 @@ def _fingerprint(
     recordings: Recordings, store: Store, partition: Partition, targets: Mapping[str, torch.Tensor]
 ) -> str:
     """Hash of all that numbers depend on besides the configuration: the store's name is that of its contents."""
-    sha = hashlib.sha256(f"{recordings.fingerprint}/{store.path.name}".encode())
-    for array in (partition.offsets, partition.rows, *(targets[head].numpy() for head in sorted(targets))):
-        sha.update(np.ascontiguousarray(array).tobytes())
+    sha = hashlib.sha256(f"{recordings.fingerprint}/{store.path.name}/{partition.fingerprint}".encode())
+    for head in sorted(targets):
+        sha.update(np.ascontiguousarray(targets[head].numpy()).tobytes())
     return sha.hexdigest()
 
 
@@ -159,56 +165,6 @@ def _split(config: Config, recordings: Recordings, ok: np.ndarray) -> tuple[np.n
         seed=config.experiment.seed,
     )
     return kept[train], kept[test]
-
-
-def _deal(config: Config, recordings: Recordings, train: np.ndarray) -> Partition:
-    """Deal the training rows to clients."""
-    stream = rng(config.experiment.seed, "partition")
-    labels, groups = recordings.label[train], recordings.group[train]
-    federation = config.federation
-    if config.nodes:
-        nodes = [
-            NodeSpec(node.selected_classes, node.excluded_classes, node.num_samples_per_class)
-            for node in config.nodes.values()
-        ]
-        dealt = partition_nodes(nodes, label=labels, group=groups, class_names=recordings.class_names, stream=stream)
-    else:
-        dealt = make_partition(
-            federation.partition,
-            label=labels,
-            group=groups,
-            num_clients=federation.num_clients,
-            stream=stream,
-            alpha=federation.alpha,
-            shards_per_client=federation.shards_per_client,
-            classes_per_client=federation.classes_per_client,
-            column=_client_column(config, recordings, train),
-        )
-    return replace(dealt, rows=train[dealt.rows])
-
-
-def _client_column(config: Config, recordings: Recordings, train: np.ndarray) -> np.ndarray | None:
-    column = config.federation.column
-    if config.federation.partition != "by_column":
-        return None
-    if column is None or column not in recordings.columns:
-        known = ", ".join(recordings.columns) or "none"
-        raise ConfigError(f"federation.column: {recordings.name} has no column {column!r}; it has: {known}")
-    values: np.ndarray = recordings.columns[column][train]
-    return values
-
-
-def _check_statistics(config: Config, partition: Partition, recordings: Recordings) -> None:
-    """Refuse a server step that could never receive a class statistic."""
-    minimum = config.privacy.min_count
-    if not config.feda2v.global_model_train:
-        return
-    counts = partition.class_counts(recordings.label, len(recordings.class_names))
-    if counts.max(initial=0) < minimum:
-        raise DataError(NO_STATISTICS.format(min_count=minimum))
-    withheld = int(((counts > 0) & (counts < minimum)).sum())
-    if withheld:
-        log.info("privacy.min_count %d withholds %d of %d (client, class) pairs", minimum, withheld, (counts > 0).sum())
 
 
 def cache_dir(config: Config) -> Path:
@@ -267,5 +223,5 @@ def head_specs(config: Config) -> dict[str, HeadSpec]:
     specs = {}
     for head, shape in config.model.head_shapes().items():
         preset = config.model.adapters.get(head, SLIM if head == "t5" else MLP)
-        specs[head] = HeadSpec(preset.preset, shape, tuple(preset.hidden), preset.width, preset.num_heads)
+        specs[head] = HeadSpec(preset.preset, shape, tuple(preset.hidden), preset.width, preset.num_heads, preset.norm)
     return specs

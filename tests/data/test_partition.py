@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import pickle
 
 import numpy as np
 import pytest
 
-from fedsim.data import NodeSpec, make_partition, open_recordings, partition_nodes, split_recordings
+from fedsim.data import NodeSpec, StoredPartition, make_partition, open_recordings, partition_nodes, split_recordings
 from fedsim.data.dealing import PARTITIONS
+from fedsim.data.partition import compact, map_partition, open_partition
 from fedsim.errors import DataError
 from fedsim.seeding import rng
 
@@ -31,6 +34,10 @@ def deal(kind, label, group, num_clients, seed=0, **options):
     return make_partition(
         kind, label=label, group=group, num_clients=num_clients, stream=rng(seed, "partition"), **options
     )
+
+
+def class_counts(partition, label, num_classes):
+    return partition.class_counts_of(np.arange(partition.num_clients), label, num_classes)
 
 
 def check(partition, group, *, is_complete=True):
@@ -81,17 +88,95 @@ def test_one_class_is_fine():
 def test_class_counts():
     label, group = make_data(1)
     partition = deal("dirichlet", label, group, 9)
-    counts = partition.class_counts(label, 8)
+    counts = class_counts(partition, label, 8)
     assert counts.shape == (9, 8)
     for k in range(9):
         np.testing.assert_array_equal(counts[k], np.bincount(label[partition.client(k)], minlength=8))
+
+    some = np.array([4, 4, 0])
+    np.testing.assert_array_equal(partition.class_counts_of(some, label, 8), counts[some])
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("iid", "e57e63d6ca3fa00d"),
+        ("dirichlet", "f345d67f2783f3f0"),
+        ("shards", "e471ae84b738ea53"),
+        ("classes_per_client", "a5c73931759ad426"),
+        ("by_column", "1efffbba86f8382c"),
+    ],
+)
+def test_who_holds_what_stays_as_it_was(kind, expected):
+    """Recorded from an earlier version: published runs must be repeatable."""
+    sha = hashlib.sha256()
+    for case, num_clients in ((0, 7), (1, 40), (3, 40)):
+        label, group = make_data(case, is_mixed=case == 3)
+        column = np.array([name[-2:] for name in group])
+        options = {"alpha": 0.1, "classes_per_client": 2, "column": column}
+        dealt = deal(kind, label, group, num_clients, seed=case, **options)
+        sha.update(dealt.offsets.astype("<i8").tobytes() + dealt.rows.astype("<i8").tobytes())
+    assert sha.hexdigest()[:16] == expected
+
+
+def test_rows_of_some_clients_are_theirs_in_the_order_asked_for():
+    label, group = make_data(2)
+    partition = deal("dirichlet", label, group, 30, alpha=0.1)
+    for clients in (np.array([7, 3, 29, 3, 0]), np.arange(30), np.array([], dtype=np.int64), np.array([5], np.uint32)):
+        rows, counts = partition.rows_of(clients)
+        assert rows.dtype == counts.dtype == np.int64
+        assert rows.tolist() == [row for k in clients for row in partition.client(k)]
+        assert counts.tolist() == partition.counts_of(clients).tolist() == partition.counts[clients].tolist()
+    empty = StoredPartition(np.array([0, 2, 2, 3]), np.array([5, 6, 1]))
+    assert empty.rows_of(np.array([1, 2, 1, 0]))[0].tolist() == [1, 5, 6]
+    with pytest.raises(IndexError):
+        partition.rows_of(np.array([30]))
+
+
+def test_stored_rows_are_small():
+    label, group = make_data(0)
+    partition = deal("iid", label, group, 5)
+    large = np.arange(len(label), dtype=np.int64) * 3
+    assert partition.rows.dtype == partition.within(large).rows.dtype == np.int32
+    assert partition.within(large).rows_of(np.arange(5))[0].tolist() == (3 * partition.rows).tolist()
+    assert compact(np.array([2**31 - 1])).dtype == np.int32
+    assert compact(np.array([2**31])).tolist() == [2**31]
+
+
+def test_a_mapped_partition_travels_as_its_folder(tmp_path):
+    label, group = make_data(0, num_groups=5000)
+    partition = deal("iid", label, group, 500)
+    mapped = map_partition(partition, tmp_path)
+    assert mapped.folder is not None
+    assert len(pickle.dumps(mapped)) < 1000 < len(pickle.dumps(partition))
+    for other in (mapped, pickle.loads(pickle.dumps(mapped)), map_partition(partition, tmp_path)):
+        assert isinstance(other.rows, np.memmap)
+        assert not other.rows.flags.writeable
+        assert other.fingerprint == partition.fingerprint
+        np.testing.assert_array_equal(other.rows_of(np.arange(9))[0], partition.rows_of(np.arange(9))[0])
+    assert [path.name for path in (tmp_path / "partitions").iterdir()] == [partition.fingerprint]
+    # What is derived from it isn't what lies in the folder.
+    moved = pickle.loads(pickle.dumps(mapped.within(np.arange(len(label)) + 7)))
+    assert moved.folder is None
+    assert moved.client(3).tolist() == (partition.client(3) + 7).tolist()
+
+
+def test_a_mapped_partition_that_is_damaged_or_cannot_be_written(tmp_path):
+    partition = deal("iid", *make_data(0), 5)
+    mapped = map_partition(partition, tmp_path)
+    (mapped.folder / "rows.npy").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match=r"can't be read .*; delete the folder"):
+        open_partition(mapped.folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"can't be kept in .*; set data\.cache_dir"):
+        map_partition(partition, tmp_path / "file")
 
 
 def test_iid_clients_are_equally_large_and_alike():
     label, group = make_data(0, num_groups=1200)
     partition = deal("iid", label, group, 10)
     assert np.ptp(partition.counts) <= 3
-    shares = partition.class_counts(label, 6) / partition.counts[:, None]
+    shares = class_counts(partition, label, 6) / partition.counts[:, None]
     assert np.abs(shares - np.bincount(label) / len(label)).max() < 0.12
 
 
@@ -100,7 +185,7 @@ def test_alpha_sets_how_skewed_clients_are():
     label, group = np.arange(6000) % 6, np.arange(6000).astype(str)
     largest = {}
     for alpha in (0.01, 0.5, 1000.0):
-        counts = deal("dirichlet", label, group, 10, alpha=alpha).class_counts(label, 6)
+        counts = class_counts(deal("dirichlet", label, group, 10, alpha=alpha), label, 6)
         largest[alpha] = (counts.max(axis=1) / counts.sum(axis=1)).mean()
     assert largest[0.01] > 0.8 > largest[0.5] + 0.05
     assert largest[0.5] > 0.3 > largest[1000.0]
@@ -111,7 +196,7 @@ def test_dirichlet_shares_follow_the_distribution():
     """Each class's share at a client has the Dirichlet's mean 1/K and variance (K - 1) / (K^2 (K alpha + 1))."""
     label, group = np.repeat([0, 1], 500), np.arange(1000).astype(str)
     shares = np.concatenate(
-        [deal("dirichlet", label, group, 4, seed=s, alpha=0.7).class_counts(label, 2) / 500 for s in range(200)]
+        [class_counts(deal("dirichlet", label, group, 4, seed=s, alpha=0.7), label, 2) / 500 for s in range(200)]
     ).ravel()
     assert shares.mean() == pytest.approx(0.25, abs=1e-9)
     assert shares.var() == pytest.approx(3 / (16 * (4 * 0.7 + 1)), rel=0.1)
@@ -127,7 +212,7 @@ def test_shards_hold_few_classes():
     label, group = np.arange(600) % 6, np.arange(600).astype(str)
     partition = deal("shards", label, group, 12, shards_per_client=2)
     assert set(partition.counts.tolist()) == {50}
-    assert ((partition.class_counts(label, 6) > 0).sum(axis=1) <= 2).all()
+    assert ((class_counts(partition, label, 6) > 0).sum(axis=1) <= 2).all()
     with pytest.raises(DataError, match=r"12 clients with 60 shards each need 720 .* has 600"):
         deal("shards", label, group, 12, shards_per_client=60)
 
@@ -137,7 +222,7 @@ def test_classes_per_client_is_exact_and_covers_all(num_clients, classes):
     label, group = np.arange(1200) % 6, np.arange(1200).astype(str)
     partition = deal("classes_per_client", label, group, num_clients, classes_per_client=classes)
     check(partition, group)
-    counts = partition.class_counts(label, 6)
+    counts = class_counts(partition, label, 6)
     assert ((counts > 0).sum(axis=1) == classes).all()
     holders = (counts > 0).sum(axis=0)
     assert np.ptp(holders) <= 1
@@ -222,7 +307,7 @@ def test_nodes_share_their_classes_evenly(case):
     label, group = make_data(case, num_groups=300, is_mixed=case >= 4)
     specs = [NodeSpec(selected_classes=["c0", "c1"]), NodeSpec(selected_classes=("c1", "c2")), NodeSpec(("c1",))]
     partition = nodes(specs, label, group, seed=case)
-    counts = partition.class_counts(label, 6)
+    counts = class_counts(partition, label, 6)
     held = np.array([[1, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0]], dtype=bool)
     assert (counts[~held] == 0).all()
     assert (counts[held] > 0).all()
@@ -237,7 +322,7 @@ def test_nodes_share_their_classes_evenly(case):
 def test_node_limits_exclusions_and_defaults():
     label, group = np.arange(240) % 6, np.arange(240).astype(str)
     specs = [NodeSpec(num_samples_per_class=5), NodeSpec(excluded_classes=["c0"]), NodeSpec(("c0", "c1"), ("c1",), 7)]
-    counts = nodes(specs, label, group).class_counts(label, 6)
+    counts = class_counts(nodes(specs, label, group), label, 6)
     assert counts.tolist() == [[5] * 6, [0] + [35] * 5, [7, 0, 0, 0, 0, 0]]
 
 

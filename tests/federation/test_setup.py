@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import logging
+import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from worlds import CLASSES, CPU, SERVER_STEP, run, tiny_config
 
+from fedsim.algorithms.sampling import sample_cohort
 from fedsim.data import open_recordings
 from fedsim.data.store import open_store
 from fedsim.errors import ConfigError, DataError, FedsimError, ModelError
 from fedsim.federation.parts import adapter_part, build_parts, initial_state, rows_of
-from fedsim.federation.setup import head_specs, prepare
+from fedsim.federation.setup import cache_dir, head_specs, prepare
 from fedsim.models.saved import digest
+
+
+def class_counts(setup) -> np.ndarray:
+    """Recordings of every client and class."""
+    return setup.partition.class_counts_of(np.arange(setup.partition.num_clients), setup.labels, 4)
 
 
 def test_training_and_held_out_recordings_are_disjoint_and_cover_everything(setup):
@@ -62,7 +70,7 @@ def test_no_statistics_could_ever_arrive():
 
 def test_a_cohort_without_statistics_skips_the_server_step(setup, caplog):
     # Only some of the clients have a class with 3 recordings; rounds whose cohort has none are told and go on.
-    counts = setup.partition.class_counts(setup.labels, 4).max(1)
+    counts = class_counts(setup).max(1)
     minimum = int(counts.max())
     config = tiny_config(
         *SERVER_STEP, f"privacy.min_count={minimum}", "federation.cohort_size=1", "federation.global_rounds=6"
@@ -101,13 +109,77 @@ def test_explicit_nodes_are_the_clients():
         "garden: {selected_classes: [rain, sneezing], num_samples_per_class: 2}, hall: {excluded_classes: [dog]}}"
     )
     setup = prepare(tiny_config(nodes))
-    assert setup.client_names == ("kitchen", "garden", "hall")
-    held = setup.partition.class_counts(setup.labels, 4) > 0
+    assert [setup.client_name(client) for client in range(3)] == ["kitchen", "garden", "hall"]
+    held = class_counts(setup) > 0
     assert set(np.flatnonzero(held[0])) <= {0, 1}
     assert set(np.flatnonzero(held[1])) <= {1, 2}
-    assert setup.partition.class_counts(setup.labels, 4)[1].max() <= 2
+    assert class_counts(setup)[1].max() <= 2
     assert not held[2, 0]
     assert not set(setup.partition.rows) & set(setup.test_rows)
+
+
+DRAWN = ("federation.partition=drawn", "federation.examples_per_client=12", "federation.alpha=0.3")
+
+
+def test_a_drawn_population_is_computed(caplog):
+    with caplog.at_level(logging.INFO):
+        setup = prepare(tiny_config(*DRAWN, "federation.num_clients=15000000", "federation.cohort_size=10000"))
+    assert "recordings are shared between clients" in caplog.text
+    assert setup.partition.num_clients == 15_000_000
+    assert setup.client_name(14_999_999) == "14999999"
+    assert len(pickle.dumps(setup)) < 50_000
+    cohort = sample_cohort(15_000_000, 10_000, np.random.default_rng(0))
+    rows, counts = setup.partition.rows_of(cohort)
+    assert counts.tolist() == [12] * 10_000
+    # Every recording that isn't held out is drawn by somebody, and no other.
+    assert sorted(set(rows.tolist()) | set(setup.test_rows.tolist())) == list(range(32))
+    assert not set(rows.tolist()) & set(setup.test_rows.tolist())
+
+
+def test_preparing_a_population_takes_no_memory_per_client():
+    peaks = []
+    for num_clients in (100, 100, 15_000_000):  # the first fills caches
+        config = tiny_config(*DRAWN, f"federation.num_clients={num_clients}", "federation.cohort_size=10")
+        tracemalloc.start()
+        prepare(config)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < peaks[1] + 200_000
+
+
+def test_the_fingerprint_of_a_drawn_population_is_that_of_its_parameters():
+    changes = ("federation.alpha=0.4", "federation.examples_per_client=13", "federation.num_clients=8")
+    plain = prepare(tiny_config(*DRAWN)).data_fingerprint
+    assert prepare(tiny_config(*DRAWN)).data_fingerprint == plain
+    assert len({plain, *(prepare(tiny_config(*DRAWN, change)).data_fingerprint for change in changes)}) == 4
+
+
+def test_statistics_of_a_drawn_population_are_judged_by_some_of_its_clients(caplog):
+    population = (*DRAWN, *SERVER_STEP, "federation.num_clients=15000000", "federation.cohort_size=10")
+    with caplog.at_level(logging.INFO):
+        prepare(tiny_config(*population, "privacy.min_count=3"))
+    assert "of 16384 clients looked at" in caplog.text
+    # 12 of one class: rare where all classes are alike, so it's said; 13 can't be, so it's refused.
+    with caplog.at_level(logging.WARNING):
+        prepare(tiny_config(*population, "privacy.min_count=12", "federation.alpha=1000"))
+    assert "16384 of 15000000 clients looked at: no statistics from clients" in caplog.text
+    with pytest.raises(DataError, match="no statistics from clients"):
+        prepare(tiny_config(*population, "privacy.min_count=13"))
+
+
+def test_a_large_stored_partition_is_mapped(monkeypatch, setup):
+    monkeypatch.setattr("fedsim.federation.setup._MAP_BYTES", 10)
+    mapped = prepare(tiny_config(*SERVER_STEP))
+    assert isinstance(mapped.partition.rows, np.memmap)
+    assert mapped.partition.folder.is_relative_to(cache_dir(mapped.config))
+    assert mapped.data_fingerprint == setup.data_fingerprint
+    again = pickle.loads(pickle.dumps(mapped))
+    assert np.array_equal(again.partition.rows, setup.partition.rows)
+
+
+def test_a_population_has_a_limit():
+    with pytest.raises(ConfigError, match=r"federation\.num_clients"):
+        tiny_config("federation.num_clients=4294967296")
 
 
 def test_classes_that_only_nodes_name_are_the_classes():
