@@ -33,10 +33,25 @@ def merge_buffer(buffer: ClassStats | None, fresh: ClassStats, *, capacity: int)
     fresh = replace(fresh, output_mean={})
     if buffer is None or capacity == 0:
         return fresh
-    new = set(zip(fresh.client.tolist(), fresh.label.tolist(), strict=True))
-    pairs = zip(buffer.client.tolist(), buffer.label.tolist(), strict=True)
-    old = np.array([row for row, pair in enumerate(pairs) if pair not in new], dtype=np.int64)
-    return join_stats([fresh, buffer.take(old[:capacity])])
+    num_labels = 1 + max(int(table.label.max(initial=0)) for table in (fresh, buffer))
+    new, known = (table.client.astype(np.int64) * num_labels + table.label for table in (fresh, buffer))
+    old = np.flatnonzero(~np.isin(known, new))[:capacity]
+    # The large tensors are written once, into their place; a join of two tables would copy the old rows twice.
+    newer, older = (replace(table, audio_mean=table.audio_mean[:, :0], audio_var=None) for table in (fresh, buffer))
+    one, other = fresh.audio_var, buffer.audio_var
+    return replace(
+        join_stats([newer, older.take(old)]),
+        audio_mean=_followed_by(fresh.audio_mean, buffer.audio_mean, old),
+        audio_var=None if one is None or other is None else _followed_by(one, other, old),
+    )
+
+
+def _followed_by(first: Tensor, second: Tensor, rows: np.ndarray) -> Tensor:
+    """All of `first`, then the given rows of `second`."""
+    joined = first.new_empty(len(first) + len(rows), *first.shape[1:])
+    joined[: len(first)] = first
+    torch.index_select(second, 0, torch.from_numpy(rows), out=joined[len(first) :])
+    return joined
 
 
 def class_means(stats: ClassStats, head: str, fallback: Tensor) -> Tensor:
@@ -44,7 +59,7 @@ def class_means(stats: ClassStats, head: str, fallback: Tensor) -> Tensor:
     table = fallback.clone()
     for label in np.unique(stats.label):
         mine = np.flatnonzero(stats.label == label)
-        count = torch.from_numpy(stats.count[mine]).to(table).view(-1, *(1,) * (table.ndim - 1))
+        count = torch.from_numpy(stats.weight[mine]).to(table).view(-1, *(1,) * (table.ndim - 1))
         rows = stats.output_mean[head][torch.from_numpy(mine)].to(table.device)
         table[int(label)] = (count * rows).sum(0) / count.sum()
     return table
@@ -87,7 +102,7 @@ def draw_synthetic(
     """
     labels = np.repeat(np.unique(stats.label), per_class)
     rows = generator.sample(condition[torch.from_numpy(labels)], len(labels), stream=stream)
-    return labels, rows.clamp(min=0) if bool((stats.audio_mean >= 0).all()) else rows
+    return labels, rows.clamp_(min=0) if float(stats.audio_mean.min()) >= 0 else rows
 
 
 LOSS_NAMES = {

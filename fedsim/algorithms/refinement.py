@@ -22,13 +22,14 @@ from torch import Tensor
 
 from fedsim.algorithms.generation import class_means
 from fedsim.algorithms.objective import Objective
-from fedsim.algorithms.optimizers import AdamW, clip_
 from fedsim.errors import ModelError
 from fedsim.models.adapters import Adapter, stack, unstack
-from fedsim.models.generators.rows import class_draws
+from fedsim.models.generators.networks import adamw
+from fedsim.models.generators.rows import class_draws, class_shares
 from fedsim.types import AdapterState, ClassStats
 
 HELD_OUT_PER_CLASS = 8
+CLIP_NORM = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,8 @@ def refinement_targets(objective: Objective, stats: ClassStats, text_anchor: flo
 
 def real_rows(stats: ClassStats, weight: float) -> Rows:
     """The class means as rows; weights by count within a class, equal for all classes, adding up to `weight`."""
-    present = np.unique(stats.label)
-    weights = np.zeros(len(stats))
-    for label in present:
-        mine = stats.label == label
-        weights[mine] = stats.count[mine] / stats.count[mine].sum() / len(present)
-    return _rows(stats.audio_mean, stats.label, weights * weight)
+    shares = class_shares(stats) / len(np.unique(stats.label))
+    return _rows(stats.audio_mean, stats.label, shares * weight)
 
 
 def with_synthetic(real: Rows, labels: np.ndarray, embeddings: Tensor, weight: float) -> Rows:
@@ -122,7 +119,7 @@ def weighted_loss(
     per_row = torch.zeros(1, len(rows.labels), device=rows.weights.device)
     for head, output in outputs.items():
         per_row = per_row + objective.nmse_rows(head, output, targets[head][rows.labels].unsqueeze(0))
-    if objective.contrastive_weight:
+    if objective.contrastive_weight or objective.cosine_weight:
         # Class text directions stay the public ones; only the regression target is mixed.
         plain = sum(
             (objective.nmse_rows(h, o, objective.targets[h][rows.labels].unsqueeze(0)) for h, o in outputs.items()),
@@ -163,8 +160,9 @@ def refine(
     held_out = _rows(held, held_labels, np.full(len(held_labels), 1 / len(held_labels)))
     share = how.synthetic_weight if synthetic is not None else 0.0
     real = real_rows(stats, 1 - share)
-    params = stack(averaged)
-    optimizer = AdamW(params, learning_rate=how.learning_rate, weight_decay=0.0)
+    # In name order: a norm's bits depend on it, and names come back from a checkpoint in another one.
+    params = {name: p.requires_grad_() for name, p in sorted(stack(averaged).items())}
+    optimizer = adamw(params.values(), how.learning_rate, weight_decay=0.0)
     loss = float("nan")
     with torch.no_grad():
         before = float(weighted_loss(adapter, params, held_out, objective, targets))
@@ -175,8 +173,8 @@ def refine(
             raise ModelError(f"refinement: the loss is {loss}; lower feda2v.refine_learning_rate")
     with torch.no_grad():
         after = float(weighted_loss(adapter, params, held_out, objective, targets))
-    kept = after <= before
-    return Refined(unstack(params) if kept else averaged, loss, before, after, kept)
+        kept = after <= before
+        return Refined(unstack(params) if kept else averaged, loss, before, after, kept)
 
 
 def _epoch(
@@ -185,20 +183,19 @@ def _epoch(
     rows: Rows,
     objective: Objective,
     targets: Mapping[str, Tensor],
-    optimizer: AdamW,
+    optimizer: torch.optim.Optimizer,
     batch_size: int,
     stream: np.random.Generator,
 ) -> float:
     """One shuffled pass, in place; returns the epoch's loss."""
-    total = 0.0
+    losses = []
     for batch in torch.split(torch.from_numpy(stream.permutation(len(rows.labels))), batch_size):
-        # Scaled to an unbiased estimate of the whole weighted loss.
         part = Rows(*(column[batch] for column in _columns(rows)))
-        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-        loss = weighted_loss(adapter, leaves, part, objective, targets)
-        grads = torch.autograd.grad(loss * (len(rows.labels) / len(batch)), list(leaves.values()))
-        scaled = {name: g.contiguous() for name, g in zip(leaves, grads, strict=True)}
-        clip_(scaled, 1.0)
-        optimizer.step(params, scaled, 0)
-        total += float(loss.detach())
-    return total
+        loss = weighted_loss(adapter, params, part, objective, targets)
+        optimizer.zero_grad()
+        # Scaled to an unbiased estimate of the whole weighted loss.
+        (loss * (len(rows.labels) / len(batch))).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(params.values(), CLIP_NORM, foreach=False)
+        optimizer.step()
+        losses.append(loss.detach())
+    return float(torch.stack(losses).double().sum())

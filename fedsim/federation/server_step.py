@@ -22,6 +22,7 @@ from fedsim.algorithms.generation import (
     public_conditions,
 )
 from fedsim.algorithms.refinement import Refined, Refinement, refine
+from fedsim.algorithms.row_sample import sample_rows, settle_counts
 from fedsim.config.schema import Config
 from fedsim.federation.clock import RoundClock
 from fedsim.federation.parts import Parts, adapter_part
@@ -83,6 +84,7 @@ class ServerStep:
             message = NO_STATISTICS.format(min_count=self._config.privacy.min_count)
             log.warning("%s; round %d is not refined", message, clock.round_number)
             return Stepped(averaged, buffer, {})
+        fresh = self._bounded(fresh, clock.round_number)
         # Earlier audio statistics hold as long as the encoder that made them doesn't change.
         frozen = self._config.model.audio_encoder.trainable == "none"
         buffer = merge_buffer(buffer, fresh, capacity=settings.generator_buffer_size if frozen else 0)
@@ -104,6 +106,14 @@ class ServerStep:
             "server/refinement_kept": float(refined.kept),
         }
         return Stepped({**averaged, **refined.adapter}, buffer, metrics)
+
+    def _bounded(self, fresh: ClassStats, round_number: int) -> ClassStats:
+        """At most `feda2v.statistics_rows` rows that stand for all of this round's."""
+        limit, seed = self._config.feda2v.statistics_rows, self._config.experiment.seed
+        bounded = settle_counts(sample_rows(fresh, limit, seed=seed, round_number=round_number))
+        if bounded.sampled_count is not None:
+            log.info("round %d: %d rows of class statistics stand for those of all clients", round_number, len(bounded))
+        return bounded
 
     def _fit(self, generator: Generator, known: ClassStats, condition: Tensor, round_number: int) -> FitReport:
         settings = self._config.feda2v

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,9 @@ from fedsim.algorithms.generation import (
     merge_buffer,
 )
 from fedsim.algorithms.objective import make_objective
+from fedsim.algorithms.refinement import real_rows
 from fedsim.models.generators import GeneratorSpec, make_generator
+from fedsim.models.generators.rows import class_shares, moments, pick_rows
 from fedsim.seeding import rng
 from fedsim.types import ClassStats
 
@@ -60,6 +64,27 @@ def test_class_means_weight_by_count_and_fall_back_to_the_text():
     torch.testing.assert_close(table[2], (mean[1] + mean[3]) / 2)
     assert torch.equal(table[[1, 3]], text[[1, 3]])
     assert torch.equal(text, targets_of()["t5"])
+
+
+def test_sampled_rows_count_for_what_they_stand_for():
+    sampled = replace(STATS, sampled_count=np.array([6.0, 9.0, 2.0, 3.0]))
+    table, mean = class_means(sampled, "clip", targets_of()["clip"]), STATS.output_mean["clip"]
+    torch.testing.assert_close(table[0], (6 * mean[0] + 2 * mean[2]) / 8)
+    torch.testing.assert_close(table[2], (9 * mean[1] + 3 * mean[3]) / 12)
+    assert class_shares(sampled).tolist() == [0.75, 0.75, 0.25, 0.25]
+    assert real_rows(sampled, 1.0).weights.tolist() == [0.375, 0.375, 0.125, 0.125]
+    centre, _ = moments(sampled)
+    wanted = torch.tensor([0.375, 0.375, 0.125, 0.125]).view(4, 1, 1) * STATS.audio_mean
+    torch.testing.assert_close(centre, wanted.sum(0))
+    hits = np.bincount(pick_rows(sampled, np.full(4000, 2), rng(0, "x")), minlength=4)
+    np.testing.assert_allclose(hits / 4000, [0, 0.75, 0, 0.25], atol=0.03)
+
+
+def test_the_buffer_keeps_what_sampled_rows_stand_for():
+    fresh = replace(STATS, sampled_count=np.array([6.0, 9.0, 2.0, 3.0]))
+    merged = merge_buffer(class_stats([(0, 0, 9), (9, 1, 4)]), fresh, capacity=5)
+    assert merged.weight.tolist() == [6, 9, 2, 3, 4]
+    assert merged.count.tolist() == [6, 2, 2, 2, 4]
 
 
 @pytest.mark.parametrize("from_nodes", [False, True])

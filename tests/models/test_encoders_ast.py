@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedsim.errors import ModelError
 from fedsim.models.encoders import make_audio_encoder
 from fedsim.models.encoders.ast import AstEncoder, load_ast, make_tiny_ast
 from fedsim.models.encoders.pooling import projection
+from fedsim.models.encoders.threads import available_cores
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,22 @@ def test_encode_is_inputs_and_forward(tiny):
     assert not rows.requires_grad
     np.testing.assert_array_equal(tiny.encode(waveforms), rows.numpy())
     assert tiny.encode([]).shape == (0, 4, 16)
+
+
+def test_all_cores_embed_to_the_bit_what_one_does_and_give_the_threads_back(tiny, monkeypatch):
+    waves = [np.random.default_rng(n).standard_normal(16_000 * n).astype(np.float32) for n in (1, 2, 4, 5)]
+    rows, seen, forward = {}, [], tiny.forward
+    monkeypatch.setattr(tiny, "forward", lambda *args: seen.append(torch.get_num_threads()) or forward(*args))
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+        rows[threads] = tiny.encode(waves)
+        assert torch.get_num_threads() == before
+    assert seen == [1, 2, 3]
+    assert np.array_equal(rows[1], rows[2])
+    assert np.array_equal(rows[1], rows[3])
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert 1 <= available_cores() <= (os.cpu_count() or 1)
 
 
 def test_tiny_ast_is_fixed_and_leaves_the_random_state_alone(tiny):

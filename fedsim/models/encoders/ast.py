@@ -27,6 +27,7 @@ from torch import Tensor
 from fedsim.errors import ModelError
 from fedsim.models.encoders.hub import guarded, load_model
 from fedsim.models.encoders.pooling import pooling_fingerprint, projection, segment_weights
+from fedsim.models.encoders.threads import all_cores
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +75,12 @@ class AstEncoder:
         self.description = f"{label} (weights sha256 {digest[:8]}…), {segments} segments, {config.hidden_size} -> {dim}"
 
     def encode(self, waveforms: Sequence[np.ndarray]) -> np.ndarray:
-        """Audio embeddings, float32 [n, S, D], of float32 mono waveforms at `sample_rate`."""
+        """Audio embeddings, float32 [n, S, D], of float32 mono waveforms at `sample_rate`; computed by all cores."""
         if not len(waveforms):
             return np.empty((0, *self.shape), dtype=np.float32)
         features, lengths = self.inputs(waveforms)
         device = self._projection.device
-        with torch.no_grad():
+        with torch.no_grad(), all_cores():
             rows = self.forward(None, torch.from_numpy(features).to(device), torch.from_numpy(lengths).to(device))
         return rows.cpu().numpy()
 

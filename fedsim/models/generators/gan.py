@@ -113,8 +113,8 @@ class Gan:
     ) -> Mapping[int, Mapping[str, float]]:
         losses = ClassLosses(self._rows_per_class)
         for batch in shuffled_batches(len(x), self._batch_size, stream):
-            v = condition[torch.from_numpy(labels[batch])]
-            real, fake = self._verdict(x[batch], v, stream), self._verdict(self._make(v, stream).detach(), v, stream)
+            rows, v = x[batch], condition[torch.from_numpy(labels[batch])]
+            real, fake = self._verdict(rows, v, stream), self._verdict(self._make(v, stream).detach(), v, stream)
             judged = functional.softplus(-real) + functional.softplus(fake)
             self._update(self._judge, self._judge_optimizer, judged.mean(), "GAN discriminator")
             made = functional.softplus(-self._verdict(self._make(v, stream), v, stream))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -40,14 +40,22 @@ class ClassLosses:
 
     def __init__(self, rows_per_class: int) -> None:
         self._rows = rows_per_class
-        self._sums: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self._labels: list[np.ndarray] = []
+        self._losses: list[Mapping[str, Tensor]] = []
 
     def add(self, labels: np.ndarray, losses: Mapping[str, Tensor]) -> None:
-        """Add rows: labels [n], and by name the loss of every row [n]."""
-        for name, values in losses.items():
-            for label, value in zip(labels.tolist(), values.tolist(), strict=True):
-                self._sums[label][name] += value / self._rows
+        """Add rows: labels [n], and by name the loss of every row [n]; read at the end, so that a GPU needn't wait."""
+        self._labels.append(labels)
+        self._losses.append({name: values.detach() for name, values in losses.items()})
 
     def means(self) -> dict[int, dict[str, float]]:
         """Class number -> means by name, in the order of class numbers."""
-        return {label: dict(parts) for label, parts in sorted(self._sums.items())}
+        labels = np.concatenate(self._labels)
+        sums = {
+            name: np.bincount(labels, torch.cat([parts[name] for parts in self._losses]).cpu().numpy())
+            for name in self._losses[0]
+        }
+        return {
+            label: {name: float(values[label]) / self._rows for name, values in sums.items()}
+            for label in np.unique(labels).tolist()
+        }

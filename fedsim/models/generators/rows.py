@@ -20,6 +20,7 @@ NOT_FITTED = (
     "generator not initialised: sample() was called before fit(); set feda2v.global_model_train: true so that the "
     "server trains it, or resume from a checkpoint that holds it"
 )
+ROWS_AT_ONCE = 256
 
 
 def pick_rows(stats: ClassStats, labels: np.ndarray, stream: np.random.Generator) -> np.ndarray:
@@ -27,7 +28,7 @@ def pick_rows(stats: ClassStats, labels: np.ndarray, stream: np.random.Generator
     picked = np.empty(len(labels), dtype=np.int64)
     for label in np.unique(labels):
         mine, wanted = np.flatnonzero(stats.label == label), np.flatnonzero(labels == label)
-        shares = stats.count[mine] / stats.count[mine].sum()
+        shares = stats.weight[mine] / stats.weight[mine].sum()
         picked[wanted] = mine[stream.choice(len(mine), size=len(wanted), p=shares)]
     return picked
 
@@ -35,10 +36,17 @@ def pick_rows(stats: ClassStats, labels: np.ndarray, stream: np.random.Generator
 def draw(mean: Tensor, variance: Tensor | None, rows: np.ndarray, stream: np.random.Generator) -> Tensor:
     """mean[row] + sqrt(variance[row]) * eps for every row number [n] -> [n, S, D]; the means where variance is None."""
     index = torch.from_numpy(rows).to(mean.device)
+    chosen = mean[index]
     if variance is None:
-        return mean[index]
-    noise = normal(stream, *mean[index].shape).to(mean.device)
-    return mean[index] + variance[index].sqrt() * noise
+        return chosen
+    noise = normal(stream, *chosen.shape).to(mean.device)
+    return chosen.add_(noise.mul_(variance[index].sqrt_()))
+
+
+def class_shares(stats: ClassStats) -> np.ndarray:
+    """Every row's share of its class by count [M]; they add up to 1 in every class."""
+    shares: np.ndarray = stats.weight / np.bincount(stats.label, stats.weight)[stats.label]
+    return shares
 
 
 def class_draws(stats: ClassStats, per_class: int, stream: np.random.Generator) -> tuple[np.ndarray, Tensor]:
@@ -52,15 +60,18 @@ def moments(stats: ClassStats) -> tuple[Tensor, Tensor]:
 
     The deviation is floored at 1 % of its mean over coordinates, so that constant coordinates stay finite.
     """
-    weight = np.zeros(len(stats))
-    for label in np.unique(stats.label):
-        mine = stats.label == label
-        weight[mine] = stats.count[mine] / stats.count[mine].sum()
-    share = torch.from_numpy((weight / weight.sum()).astype(np.float32)).to(stats.audio_mean.device).view(-1, 1, 1)
-    mean = (share * stats.audio_mean).sum(0)
-    variance = (share * (stats.audio_mean - mean).square()).sum(0)
+    shares = class_shares(stats)
+    share = torch.from_numpy((shares / shares.sum()).astype(np.float32)).to(stats.audio_mean.device)
+    means = stats.audio_mean.flatten(1)
+    mean = share @ means
+    variance = torch.zeros_like(mean)
+    # A few rows at a time: what lies between two passes stays in the cache.
+    for part, rows in zip(torch.split(share, ROWS_AT_ONCE), torch.split(means, ROWS_AT_ONCE), strict=True):
+        variance += part @ (rows - mean).square_()
     if stats.audio_var is not None:
-        variance = variance + (share * stats.audio_var).sum(0)
+        variance += share @ stats.audio_var.flatten(1)
+    shape = stats.audio_mean.shape[1:]
+    mean, variance = mean.view(shape), variance.view(shape)
     deviation = variance.sqrt()
     return mean, deviation.clamp(min=float(deviation.mean()) * 0.01 + 1e-8)
 
@@ -153,7 +164,7 @@ class Standardizer:
     def draws(self, stats: ClassStats, per_class: int, stream: np.random.Generator) -> tuple[np.ndarray, Tensor]:
         """`per_class` draws of every class: labels [n] and standardised rows [n, S * D]."""
         labels, drawn = class_draws(stats, per_class, stream)
-        return labels, ((drawn - self.mean) / self.deviation).flatten(1)
+        return labels, drawn.sub_(self.mean).div_(self.deviation).flatten(1)
 
     def restore(self, x: Tensor) -> Tensor:
         """Standardised rows [n, S * D] -> audio embeddings [n, S, D]."""

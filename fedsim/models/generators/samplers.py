@@ -28,7 +28,7 @@ class _Table:
 
     def fit(self, stats: ClassStats, condition: Tensor, variance: Tensor | None) -> None:
         self._conditions.fit(condition, stats.label)
-        self._stats = ClassStats(stats.client, stats.label, stats.count, stats.audio_mean, variance, {})
+        self._stats = ClassStats(stats.client, stats.label, stats.weight, stats.audio_mean, variance, {})
 
     def sample(self, condition: Tensor, n: int, stream: np.random.Generator) -> Tensor:
         labels = self._conditions.lookup(condition, n)

@@ -136,9 +136,9 @@ class Vae:
     ) -> Mapping[int, Mapping[str, float]]:
         losses = ClassLosses(self._rows_per_class)
         for batch in shuffled_batches(len(x), self._batch_size, stream):
-            v = condition[torch.from_numpy(labels[batch])]
-            noisy = x[batch] + INPUT_NOISE * normal(stream, *x[batch].shape).to(x.device)
-            parts = self._loss_parts(x[batch], noisy, v, stream)
+            rows, v = x[batch], condition[torch.from_numpy(labels[batch])]
+            noisy = rows + INPUT_NOISE * normal(stream, *rows.shape).to(x.device)
+            parts = self._loss_parts(rows, noisy, v, stream)
             loss = torch.stack(list(parts.values())).sum(0).mean()
             require_finite(loss, "VAE training")
             self._optimizer.zero_grad()
