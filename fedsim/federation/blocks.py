@@ -1,65 +1,45 @@
-"""Blocks: cutting the cohort, and training every client of a block at once.
+"""Blocks: cutting the cohort, and training every client of a block in one call.
 
-A client update is a pure function of (broadcast, client rows, rng(seed, "client", round, client)), and of the client's
-own tensors where the aggregator keeps clients apart. So a block can be trained by any actor, twice, or after a crash,
-with the same bits.
+A client update is a pure function of (broadcast, client rows, bits of (seed, "client", round, client)), and of the
+client's own tensors where the aggregator keeps clients apart. So a block can be trained by any actor, twice, or after
+a crash, with the same bits.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fedsim.algorithms.aggregation import make_aggregator, tree_sum
-from fedsim.algorithms.client_model import embed
-from fedsim.algorithms.evaluation import evaluate
-from fedsim.algorithms.local_training import ClientRows, LocalTraining, train_stack
-from fedsim.algorithms.statistics import evaluate_stack
+from fedsim.algorithms.aggregation import SumTree
+from fedsim.algorithms.batches import ClientRows, num_batches
+from fedsim.algorithms.row_sample import sample_rows
 from fedsim.errors import ClientError, FedsimError
-from fedsim.federation.parts import Parts, adapter_part, build_parts, rows_of
+from fedsim.federation.parts import Parts, build_parts, rows_of
 from fedsim.federation.setup import Setup
-from fedsim.models.adapters import unstack
-from fedsim.seeding import rng
-from fedsim.types import AdapterState, Block, BlockUpdate, Broadcast, ClassStats, ClientMetrics, concatenate_stats
+from fedsim.federation.stacks import StackTrainer, TrainedStack, join_metrics
+from fedsim.models.adapters.shared_weight import SUM_GROUP
+from fedsim.types import Block, BlockUpdate, Broadcast, concatenate_stats
 
 log = logging.getLogger(__name__)
+TrainStack = Callable[[ClientRows, np.ndarray | None], TrainedStack]
+NAMES_SHOWN = 8
 
 
-def make_blocks(cohort: np.ndarray, block_size: int, personal: Mapping[int, AdapterState]) -> list[Block]:
-    """Cut an ordered cohort into blocks of `block_size` clients; the last one may be shorter."""
-    blocks = []
-    for index, start in enumerate(range(0, len(cohort), block_size)):
-        ids = tuple(int(client) for client in cohort[start : start + block_size])
-        blocks.append(Block(index, ids, {client: personal[client] for client in ids if client in personal}))
-    return blocks
-
-
-@dataclass(frozen=True)
-class _Trained:
-    """One trained stack: weighted deltas [K, ...], weights [K], statistics on the CPU, numbers, personal tensors."""
-
-    deltas: AdapterState
-    weights: np.ndarray
-    stats: ClassStats
-    metrics: ClientMetrics
-    personal: dict[int, AdapterState]
+def make_blocks(cohort: np.ndarray, block_size: int) -> list[Block]:
+    """Cut an ordered cohort [K] into blocks of `block_size` clients; the last one may be shorter."""
+    starts = range(0, len(cohort), block_size)
+    return [Block(index, cohort[start : start + block_size]) for index, start in enumerate(starts)]
 
 
 def _out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ran out; torch's CPU allocator raises a plain RuntimeError."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
-
-def to_cpu(state: Mapping[str, Tensor]) -> AdapterState:
-    """The same tensors in main memory."""
-    return {name: tensor.cpu() for name, tensor in state.items()}
 
 
 class BlockTrainer:
@@ -71,144 +51,85 @@ class BlockTrainer:
     """
 
     def __init__(self, setup: Setup, device: torch.device) -> None:
-        self._setup, self._config = setup, setup.config
+        self._setup = setup
         self._parts: Parts = build_parts(setup, device)
-        self._aggregator = make_aggregator(self._config.feda2v.adapter_aggregation_mode)
-        training = self._config.training
-        self._how = LocalTraining(
-            optimizer=training.optimizer,
-            learning_rate=training.learning_rate,
-            batch_size=training.batch_size,
-            weight_decay=training.weight_decay,
-            momentum=training.momentum,
-            clip_norm=training.clip_norm,
-            local_epochs=self._config.federation.local_epochs,
-        )
+        self._stacks = StackTrainer(setup, self._parts)
 
-    def train(self, block: Block, broadcast: Broadcast) -> BlockUpdate:
-        """Train every client of a block, evaluate before and after, and collect class statistics.
+    def prepare(self, block: Block, broadcast: Broadcast) -> ClientRows:
+        """Gather the recordings of a block; may run in another thread while a block trains."""
+        rows, counts = self._setup.partition.rows_of(block.client_ids)
+        if (table := self._parts.table) is not None:
+            return ClientRows(block.client_ids, counts, rows, table.inputs, table.lengths, table.labels)
+        inputs, lengths = rows_of(self._parts, rows)
+        labels = torch.from_numpy(self._setup.labels[rows]).to(self._parts.device)
+        return ClientRows(block.client_ids, counts, np.arange(len(rows)), inputs, lengths, labels)
+
+    def train(self, block: Block, broadcast: Broadcast, prepared: ClientRows | None = None) -> BlockUpdate:
+        """Train every client of a block; its stacks are added up as they finish.
 
         Raises:
             ClientError: client code raised, or a loss or update isn't finite; names client, round and phase.
         """
         try:
-            return self._train(block, broadcast)
+            return self._train(block, broadcast, self.prepare(block, broadcast) if prepared is None else prepared)
         except FedsimError:
             raise
         except Exception as error:
-            names = ", ".join(self._setup.client_names[client] for client in block.client_ids)
+            shown = ", ".join(self._setup.client_name(int(client)) for client in block.client_ids[:NAMES_SHOWN])
+            more = f" and {len(block.client_ids) - NAMES_SHOWN} more" if len(block.client_ids) > NAMES_SHOWN else ""
             raise ClientError(
                 f"local training failed in round {broadcast.round_number}, block {block.index}, "
-                f"client(s) {names}: {type(error).__name__}: {error}"
+                f"client(s) {shown}{more}: {type(error).__name__}: {error}"
             ) from error
 
-    def _train(self, block: Block, broadcast: Broadcast) -> BlockUpdate:
+    def _train(self, block: Block, broadcast: Broadcast, data: ClientRows) -> BlockUpdate:
         start = time.perf_counter()
-        size = self._parts.model.max_clients or len(block.client_ids)
-        stacks = [block.client_ids[at : at + size] for at in range(0, len(block.client_ids), size)]
-        trained = [part for ids in stacks for part in self._train_in_memory(ids, block, broadcast)]
-        apart = self._aggregator.keeps_clients_apart
-        deltas = {name: torch.cat([t.deltas[name] for t in trained]) for name in broadcast.adapter}
+        most_steps = self._stacks.how.local_epochs * int(num_batches(data.counts[-1:], self._stacks.how.batch_size)[0])
+        train = partial(self._train_stack, block=block, broadcast=broadcast, most_steps=most_steps)
+        trained = self._join(data, block.own, self._stacks.size(broadcast.adapter), broadcast, train)
         return BlockUpdate(
             index=block.index,
-            delta_sum=None if apart else {name: tree_sum(stacked).cpu() for name, stacked in deltas.items()},
-            weight_sum=float(sum(t.weights.sum() for t in trained)),
-            stats=concatenate_stats([t.stats for t in trained]),
-            metrics=_join_metrics([t.metrics for t in trained]),
-            personal={client: state for t in trained for client, state in t.personal.items()},
+            delta_sum=trained.delta_sum and {name: tensor.cpu() for name, tensor in trained.delta_sum.items()},
+            weight_sum=trained.weight_sum,
+            stats=trained.stats,
+            metrics=trained.metrics,
+            updates=trained.updates,
             seconds=time.perf_counter() - start,
         )
 
-    def _train_in_memory(self, ids: Sequence[int], block: Block, broadcast: Broadcast) -> list[_Trained]:
-        """Train a stack; when memory runs out, its halves, with the same result: clients don't depend on neighbours."""
+    def _train_stack(
+        self, data: ClientRows, own: np.ndarray | None, *, block: Block, broadcast: Broadcast, most_steps: int
+    ) -> TrainedStack:
+        """Train a stack; when memory runs out, its halves, with the same bits: clients don't depend on neighbours."""
         try:
-            return [self._train_clients(ids, block, broadcast)]
+            return self._stacks.train(data, broadcast, own=own, most_steps=most_steps)
         except (MemoryError, RuntimeError) as error:
-            if len(ids) == 1 or not _out_of_memory(error):
+            # Outer products are added in groups of a fixed size; in smaller ones the sum would have other bits.
+            least = SUM_GROUP if self._stacks.how.linear_steps else 1
+            if len(data) <= least or not _out_of_memory(error):
                 raise
-        log.warning("out of memory with %d clients at once in block %d: training halves", len(ids), block.index)
-        half = len(ids) // 2
-        return [part for some in (ids[:half], ids[half:]) for part in self._train_in_memory(some, block, broadcast)]
+        log.warning("out of memory with %d clients at once in block %d: training halves", len(data), block.index)
+        half = 1 << ((len(data) - 1).bit_length() - 1)  # both halves are subtrees of the sum
+        train = partial(self._train_stack, block=block, broadcast=broadcast, most_steps=most_steps)
+        return self._join(data, own, half, broadcast, train)
 
-    def _start(self, ids: Sequence[int], block: Block, broadcast: Broadcast) -> AdapterState:
-        """The stack from which clients start: their own tensors where they keep them, else the broadcast."""
-        own = [block.personal.get(client, broadcast.adapter) for client in ids]
-        return {name: torch.stack([state[name] for state in own]).to(self._parts.device) for name in broadcast.adapter}
-
-    def _rows(self, client: int, broadcast: Broadcast) -> ClientRows:
-        rows = self._setup.partition.client(client)
-        inputs, lengths = rows_of(self._parts, rows)
-        labels = torch.from_numpy(self._setup.labels[rows]).to(self._parts.device)
-        return ClientRows(
-            client, inputs, lengths, labels, rng(broadcast.seed, "client", broadcast.round_number, client)
+    def _join(
+        self, data: ClientRows, own: np.ndarray | None, size: int, broadcast: Broadcast, train: TrainStack
+    ) -> TrainedStack:
+        """Train `size` clients at a time; sums are joined along the tree as they come."""
+        stacks, parts = data.split(size), []
+        tree = SumTree(len(stacks))
+        for number, some in enumerate(stacks):
+            stack = train(some, None if own is None else own[number * size : (number + 1) * size])
+            tree.add(number, stack.delta_sum, owned=True)
+            parts.append(replace(stack, delta_sum=None))
+        updates = [part.updates for part in parts if part.updates is not None]
+        limit = self._setup.config.feda2v.statistics_rows
+        stats = concatenate_stats([part.stats for part in parts])
+        return TrainedStack(
+            delta_sum=tree.root(),
+            weight_sum=sum(part.weight_sum for part in parts),
+            stats=sample_rows(stats, limit, seed=broadcast.seed, round_number=broadcast.round_number),
+            metrics=join_metrics([part.metrics for part in parts]),
+            updates=np.concatenate(updates) if updates else None,
         )
-
-    def _train_clients(self, ids: Sequence[int], block: Block, broadcast: Broadcast) -> _Trained:
-        """Train one stack of a block's clients."""
-        parts = self._parts
-        clients = [self._rows(client, broadcast) for client in ids]
-        params = self._start(ids, block, broadcast)
-        start = {name: p.clone() for name, p in params.items()}
-        evaluate_own = partial(evaluate_stack, parts.model, params, clients, objective=parts.objective)
-        before = evaluate_own(batch_size=self._how.batch_size)
-        losses = train_stack(parts.model, params, clients, objective=parts.objective, how=self._how)
-        self._require_finite(params, losses, ids, broadcast.round_number, "local training")
-        after = evaluate_own(
-            batch_size=self._how.batch_size,
-            stats_min_count=self._config.privacy.min_count,
-            share_variances=self._config.privacy.share_variances,
-        )
-        self._require_finite(params, after.loss, ids, broadcast.round_number, "evaluation after local training")
-        examples = np.array([len(c.labels) for c in clients])
-        weights = np.array([self._aggregator.weight(int(n)) for n in examples])
-        factor = torch.from_numpy(weights.astype(np.float32)).to(parts.device)
-        apart = self._aggregator.keeps_clients_apart
-        assert after.stats is not None  # asked for above
-        return _Trained(
-            deltas={name: (p - start[name]) * factor.view(-1, *(1,) * (p.ndim - 1)) for name, p in params.items()},
-            weights=weights,
-            stats=after.stats,
-            metrics=ClientMetrics(
-                client=np.array(ids),
-                num_examples=examples,
-                train_loss=losses,
-                loss_before=before.loss,
-                loss_after=after.loss,
-                accuracy_before=before.accuracy,
-                accuracy_after=after.accuracy,
-                held_out_accuracy=self._held_out_accuracy(params, len(ids), broadcast),
-            ),
-            personal={client: to_cpu(unstack(params, k)) for k, client in enumerate(ids)} if apart else {},
-        )
-
-    def _held_out_accuracy(self, params: Mapping[str, Tensor], count: int, broadcast: Broadcast) -> np.ndarray:
-        """Each client's own adapter on the held-out recordings [K]; NaN where it isn't asked for."""
-        if not broadcast.evaluate_personal:
-            return np.full(count, np.nan)
-        parts, rows = self._parts, self._setup.test_rows
-        labels = torch.from_numpy(self._setup.labels[rows]).to(parts.device)
-        scores = []
-        for k in range(count):
-            own = unstack(params, k)
-            embeddings = embed(parts.model, own, *rows_of(parts, rows))
-            result = evaluate(parts.adapter, adapter_part(own), embeddings, labels, objective=parts.objective)
-            scores.append(result.metrics["top1"])
-        return np.array(scores)
-
-    def _require_finite(
-        self, params: Mapping[str, Tensor], losses: np.ndarray, ids: Sequence[int], round_number: int, phase: str
-    ) -> None:
-        finite = np.isfinite(losses)
-        for p in params.values():
-            finite &= torch.isfinite(p).reshape(len(ids), -1).all(1).cpu().numpy()
-        for client, good, loss in zip(ids, finite, losses, strict=True):
-            if not good:
-                raise ClientError(
-                    f"client {self._setup.client_names[client]}, round {round_number}, phase {phase}: "
-                    f"non-finite update (loss {loss:.4g}); lower training.learning_rate or set training.clip_norm"
-                )
-
-
-def _join_metrics(parts: Sequence[ClientMetrics]) -> ClientMetrics:
-    names = ClientMetrics.__dataclass_fields__
-    return ClientMetrics(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})

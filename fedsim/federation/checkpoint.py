@@ -1,13 +1,16 @@
 """Checkpoints: exactly the server's state, as safetensors and JSON in `checkpoints/round-N/`; never pickle.
 
 A checkpoint is written to a temporary folder, flushed to disk and renamed, so it is there whole or not at all. Every
-file's SHA-256 is in state.json, which also holds the configuration that the numbers depend on.
+file's SHA-256 is in state.json, which also holds the configuration that the numbers depend on. What clients keep lies
+in `clients/` beside the checkpoints (see `client_store`); a checkpoint holds the index, and its rows are never written
+over.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,9 +27,12 @@ from torch import Tensor
 
 from fedsim.config import Config, flatten
 from fedsim.errors import CheckpointError
+from fedsim.federation.client_store import ClientIndex, require_rows
 from fedsim.types import AdapterState, ClassStats
 
-SCHEMA = 1
+log = logging.getLogger(__name__)
+SCHEMA = 2
+CLIENTS = "clients"
 FREE_SECTIONS = ("tracking.", "search.", "resources.", "experiment.", "data.cache_dir")
 BOUND_ALL_THE_SAME = ("experiment.seed", "resources.block_size")
 
@@ -41,14 +48,14 @@ class ServerState:
         adapter: global trainable tensors.
         generator: the generator's own state with its optimiser; empty before its first fit.
         buffer: class statistics of earlier rounds, or None.
-        personal: client id -> its own tensors, where clients keep them.
+        clients: where the tensors that clients keep lie in the run's client store.
     """
 
     round_number: int
     adapter: AdapterState
     generator: Mapping[str, Tensor] = field(default_factory=dict)
     buffer: ClassStats | None = None
-    personal: Mapping[int, AdapterState] = field(default_factory=dict)
+    clients: ClientIndex = field(default_factory=ClientIndex)
 
 
 def bound_config(config: Config) -> dict[str, Any]:
@@ -63,7 +70,10 @@ def bound_config(config: Config) -> dict[str, Any]:
 def save_checkpoint(
     run_dir: Path, state: ServerState, config: Config, *, mlflow_run_id: str | None, data_fingerprint: str = ""
 ) -> Path:
-    """Write `checkpoints/round-N/` atomically; one that exists is replaced. Returns the folder."""
+    """Write `checkpoints/round-N/` atomically; one that exists is replaced. Returns the folder.
+
+    The rows that `state.clients` refers to must be on the disk before.
+    """
     final = run_dir / "checkpoints" / f"round-{state.round_number}"
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -88,8 +98,10 @@ def save_checkpoint(
 
 
 def _tables(state: ServerState) -> dict[str, dict[str, Tensor]]:
-    personal = {f"{client}/{name}": t for client, own in state.personal.items() for name, t in own.items()}
-    tables = {"adapter": dict(state.adapter), "generator": dict(state.generator), "personal": personal}
+    tables = {"adapter": dict(state.adapter), "generator": dict(state.generator)}
+    if len(state.clients):
+        ids, slots = (torch.from_numpy(np.array(a)) for a in (state.clients.ids, state.clients.slots))
+        tables[CLIENTS] = {"ids": ids, "slots": slots}
     if state.buffer is not None:
         tables["buffer"] = {
             "client": torch.from_numpy(state.buffer.client),
@@ -100,6 +112,8 @@ def _tables(state: ServerState) -> dict[str, dict[str, Tensor]]:
         }
         if state.buffer.audio_var is not None:
             tables["buffer"]["audio_var"] = state.buffer.audio_var
+        if state.buffer.sampled_count is not None:
+            tables["buffer"]["sampled_count"] = torch.from_numpy(state.buffer.sampled_count)
     # safetensors keeps one copy of shared memory; clones keep tables independent of that.
     return {name: {k: t.clone() for k, t in table.items()} for name, table in tables.items() if table}
 
@@ -129,7 +143,24 @@ def load_checkpoint(run_dir: Path, config: Config) -> tuple[ServerState, str | N
                 f"{folder.name} to go on from an earlier checkpoint, if there is one"
             )
         tables[file.stem] = _read_tensors(file)
-    return _from_tables(document["round"], tables), document["mlflow_run_id"]
+    state = _from_tables(document["round"], tables)
+    require_rows(run_dir / CLIENTS, state.clients, sum(tensor.numel() for tensor in state.adapter.values()))
+    return state, document["mlflow_run_id"]
+
+
+def kept_indices(run_dir: Path) -> list[ClientIndex]:
+    """What the checkpoints of a run refer to in its client store; one that can't be read is left out, and said so."""
+    indices = []
+    for file in sorted((run_dir / "checkpoints").glob(f"round-*/{CLIENTS}.safetensors")):
+        try:
+            indices.append(_index_of(_read_tensors(file)))
+        except (CheckpointError, KeyError) as error:
+            log.warning("%s: what its clients kept won't be kept any longer (%s)", file, error)
+    return indices
+
+
+def _index_of(table: Mapping[str, Tensor]) -> ClientIndex:
+    return ClientIndex(table["ids"].numpy(), table["slots"].numpy())
 
 
 def check_data(run_dir: Path, data_fingerprint: str) -> None:
@@ -168,7 +199,10 @@ def _read_document(folder: Path) -> dict[str, Any]:
     try:
         document = json.loads((folder / "state.json").read_text())
         if document["schema"] != SCHEMA:
-            raise CheckpointError(f"{folder}: checkpoint schema {document['schema']}, this fedsim reads {SCHEMA}")
+            raise CheckpointError(
+                f"{folder}: checkpoint schema {document['schema']}, this fedsim reads {SCHEMA} (since 2, what clients "
+                "keep lies beside the checkpoints); finish the run with the fedsim that began it, or start a new one"
+            )
         for key, kind in (("round", int), ("config", dict), ("sha256", dict)):
             if not isinstance(document[key], kind):
                 raise TypeError(f"{key} is no {kind.__name__}")
@@ -188,17 +222,16 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _from_tables(round_number: int, tables: Mapping[str, dict[str, Tensor]]) -> ServerState:
-    personal: dict[int, AdapterState] = {}
-    for key, tensor in tables.get("personal", {}).items():
-        owner, name = key.split("/", 1)
-        personal.setdefault(int(owner), {})[name] = tensor
     buffer = None
     if "buffer" in tables:
         table = tables["buffer"]
         heads = {name[len("output_mean.") :]: t for name, t in table.items() if name.startswith("output_mean.")}
         client, label, count = (table[name].numpy() for name in ("client", "label", "count"))
-        buffer = ClassStats(client, label, count, table["audio_mean"], table.get("audio_var"), heads)
-    return ServerState(round_number, tables["adapter"], tables.get("generator", {}), buffer, personal)
+        sampled = table["sampled_count"].numpy() if "sampled_count" in table else None
+        mean, variance = table["audio_mean"], table.get("audio_var")
+        buffer = ClassStats(client, label, count, mean, variance, heads, sampled_count=sampled)
+    clients = _index_of(tables[CLIENTS]) if CLIENTS in tables else ClientIndex()
+    return ServerState(round_number, tables["adapter"], tables.get("generator", {}), buffer, clients)
 
 
 def _sha256(file: Path) -> str:

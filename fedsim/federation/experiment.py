@@ -30,15 +30,11 @@ class RunFiles:
 
     Attributes:
         run_dir: the run directory.
-        mlflow_run_id: the MLflow run, or None.
-        mlflow_uri: its store, or None.
         checkpoint_every: rounds between checkpoints.
         last_round: the round after which a checkpoint is always written.
     """
 
     run_dir: Path
-    mlflow_run_id: str | None
-    mlflow_uri: str | None
     checkpoint_every: int
     last_round: int
 
@@ -90,7 +86,7 @@ class Experiment:
         append_round(files.run_dir, result)
         self._tracker.log_round(result)
         if result.round_number % files.checkpoint_every == 0 or result.round_number == files.last_round:
-            self._server.save(files.run_dir, mlflow_run_id=files.mlflow_run_id)
+            self._server.save(files.run_dir, mlflow_run_id=self._mlflow()[0])
         return result
 
     def finish(self, status: str) -> dict[str, Any]:
@@ -112,8 +108,8 @@ class Experiment:
             "rounds": state.round_number,
             "digest": digest(state.adapter),
             "versions": versions(),
-            "mlflow_run_id": self._files.mlflow_run_id,
-            "mlflow_uri": self._files.mlflow_uri,
+            "mlflow_run_id": self._mlflow()[0],
+            "mlflow_uri": self._mlflow()[1],
             "used": dict(setup.used),
             "data_fingerprint": setup.data_fingerprint,
             "num_clients": setup.partition.num_clients,
@@ -123,6 +119,10 @@ class Experiment:
         final = {f"final/{name.removeprefix('eval/')}": value for name, value in metrics.items() if "eval/" in name}
         self._tracker.finish(status, final, {"digest": result["digest"]})
         return result
+
+    def _mlflow(self) -> tuple[str | None, str | None]:
+        """The MLflow run and its store."""
+        return self._tracker.address() or (None, None)
 
     def _report(self, history: Sequence[Mapping[str, Any]]) -> FinalReport:
         real, real_label, synthetic, synthetic_label = self._server.sample_embeddings()
@@ -139,8 +139,8 @@ class Experiment:
         )
 
     def close(self) -> None:
-        """Free what the pool holds."""
-        self._server.pool.close()
+        """Free what the server and its pool hold."""
+        self._server.close()
 
 
 def versions() -> dict[str, str]:

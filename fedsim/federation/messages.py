@@ -1,70 +1,151 @@
-"""Checks of what arrives from clients, and its size."""
+"""Checks of what arrives from clients, and its size.
+
+Everything is checked by whole arrays: a block of a thousand clients costs about a millisecond.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedsim.errors import ClientError
-from fedsim.types import AdapterState, Block, BlockUpdate, ClassStats
+from fedsim.types import AdapterState, Block, BlockUpdate, Broadcast, ClassStats, ClientMetrics
+
+NAMES_SHOWN = 8
+MEASURED = ("loss_before", "loss_after", "accuracy_before", "accuracy_after")
 
 
-def check_update(
-    update: BlockUpdate, block: Block, adapter: AdapterState, *, round_number: int, min_count: int
-) -> None:
+@dataclass(frozen=True)
+class Expected:
+    """What every update of a run must look like.
+
+    Attributes:
+        adapter: shape of every federated tensor, by name.
+        needs_updates: a row per client instead of the block's sum.
+        num_classes: C; labels are 0 ... C - 1.
+        audio_shape: (S, D) of an audio embedding.
+        head_shapes: shape of an adapter output, by head.
+        min_count: fewest recordings behind a row of class statistics.
+    """
+
+    adapter: Mapping[str, tuple[int, ...]]
+    needs_updates: bool
+    num_classes: int
+    audio_shape: tuple[int, ...]
+    head_shapes: Mapping[str, tuple[int, ...]]
+    min_count: int
+
+    @property
+    def row_size(self) -> int:
+        """P, numbers of an adapter."""
+        return sum(int(np.prod(shape)) for shape in self.adapter.values())
+
+
+def shown(clients: Sequence[int] | np.ndarray, name: Callable[[int], str] = str) -> str:
+    """The first clients by name, and "..." for more."""
+    names = [name(int(client)) for client in clients[:NAMES_SHOWN]]
+    return ", ".join([*names, "..."] if len(clients) > NAMES_SHOWN else names)
+
+
+def measured_metrics(broadcast: Broadcast) -> tuple[str, ...]:
+    """The numbers per client that a round measures, besides its recordings."""
+    personal = ("held_out_accuracy",) if broadcast.evaluate_personal else ()
+    return ("train_loss", *(MEASURED if broadcast.evaluate_clients else ()), *personal)
+
+
+def check_update(update: BlockUpdate, block: Block, expected: Expected, broadcast: Broadcast) -> None:
     """Refuse an update whose names, shapes, counts or numbers are wrong.
 
     Raises:
         ClientError: naming round, block, its clients and what is wrong.
     """
-    problem = _problem(update, block, adapter, min_count)
+    problem = next(_problems(update, block, expected, broadcast), None)
     if problem:
-        clients = ", ".join(map(str, block.client_ids))
-        raise ClientError(f"round {round_number}, block {block.index} (clients {clients}): bad update: {problem}")
+        where = f"round {broadcast.round_number}, block {block.index} (clients {shown(block.client_ids)})"
+        raise ClientError(f"{where}: bad update: {problem}")
 
 
-def _problem(update: BlockUpdate, block: Block, adapter: AdapterState, min_count: int) -> str | None:
-    if tuple(update.metrics.client.tolist()) != block.client_ids:
-        return f"it is about clients {update.metrics.client.tolist()}"
-    if update.delta_sum is None and update.personal.keys() != set(block.client_ids):
-        return "it holds no update of its clients"
-    if not np.isfinite(update.weight_sum):
-        return f"its weight is {update.weight_sum}"
-    states = [update.delta_sum] if update.delta_sum is not None else list(update.personal.values())
-    for state in states:
-        problem = _state_problem(state, adapter)
-        if problem:
-            return problem
-    return _stats_problem(update.stats, block, min_count)
+def _problems(update: BlockUpdate, block: Block, expected: Expected, broadcast: Broadcast) -> Iterator[str]:
+    """What is wrong, in words; a check relies on those before it."""
+    if not np.array_equal(update.metrics.client, block.client_ids):
+        yield f"it is about clients {shown(update.metrics.client)}"
+    if not (np.isfinite(update.weight_sum) and update.weight_sum >= 0):
+        yield f"its weight is {update.weight_sum}"
+    if expected.needs_updates:
+        yield from _row_problems(update.updates, len(block.client_ids), expected.row_size)
+    else:
+        yield from _state_problems(update.delta_sum, expected.adapter)
+    yield from _metric_problems(update.metrics, len(block.client_ids), measured_metrics(broadcast))
+    yield from _stats_problems(update.stats, block, expected)
 
 
-def _state_problem(state: Mapping[str, torch.Tensor], adapter: AdapterState) -> str | None:
+def _row_problems(rows: np.ndarray | None, count: int, row_size: int) -> Iterator[str]:
+    if rows is None:
+        yield "it holds no updates of its clients"
+    elif rows.shape != (count, row_size) or rows.dtype != np.float32:
+        yield f"its updates are {rows.dtype} {list(rows.shape)}, expected float32 {[count, row_size]}"
+    elif not np.isfinite(rows.sum()) and not np.isfinite(rows).all():
+        yield "its updates have non-finite numbers"
+
+
+def _state_problems(state: Mapping[str, Tensor] | None, adapter: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    if state is None:
+        yield "it holds no sum of its clients' updates"
+        return
     if state.keys() != adapter.keys():
-        return f"tensor names differ from the adapter's: {sorted(state.keys() ^ adapter.keys())[:3]}"
+        yield f"tensor names differ from the adapter's: {sorted(state.keys() ^ adapter.keys())[:3]}"
     for name, tensor in state.items():
-        if tensor.shape != adapter[name].shape:
-            return f"{name} has shape {list(tensor.shape)}, expected {list(adapter[name].shape)}"
-        if not bool(torch.isfinite(tensor).all()):
-            return f"{name} has non-finite numbers"
-    return None
+        if tuple(tensor.shape) != adapter[name]:
+            yield f"{name} has shape {list(tensor.shape)}, expected {list(adapter[name])}"
+        if not _finite(tensor):
+            yield f"{name} has non-finite numbers"
 
 
-def _stats_problem(stats: ClassStats, block: Block, min_count: int) -> str | None:
-    if not np.isin(stats.client, block.client_ids).all():
-        return "class statistics name a client outside the block"
-    if (stats.count < min_count).any():
-        return f"class statistics of fewer than privacy.min_count = {min_count} recordings"
-    tensors = {"audio_mean": stats.audio_mean, **stats.output_mean}
+def _metric_problems(metrics: ClientMetrics, count: int, measured: Sequence[str]) -> Iterator[str]:
+    for name in measured:
+        values = getattr(metrics, name)
+        if values.shape != (count,):
+            yield f"{name} has shape {list(values.shape)}, expected {[count]}"
+        if not np.isfinite(values).all():
+            yield f"{name} of client {metrics.client[~np.isfinite(values)][0]} is not finite"
+
+
+def _stats_problems(stats: ClassStats, block: Block, expected: Expected) -> Iterator[str]:
+    rows = len(stats)
+    for what, numbers in (("labels", stats.label), ("counts", stats.count)):
+        if len(numbers) != rows:
+            yield f"class statistics have {len(numbers)} {what} for {rows} (client, class) pairs"
+    if stats.output_mean.keys() != expected.head_shapes.keys():
+        yield f"class statistics of heads {sorted(stats.output_mean)}, expected {sorted(expected.head_shapes)}"
+    tensors = {"audio_mean": (stats.audio_mean, expected.audio_shape)}
     if stats.audio_var is not None:
-        tensors["audio_var"] = stats.audio_var
-    for name, tensor in tensors.items():
-        if len(tensor) != len(stats):
-            return f"{name} has {len(tensor)} rows for {len(stats)} (client, class) pairs"
-        if not bool(torch.isfinite(tensor).all()):
-            return f"{name} has non-finite numbers"
-    return None
+        tensors["audio_var"] = (stats.audio_var, expected.audio_shape)
+    tensors |= {head: (mean, expected.head_shapes[head]) for head, mean in stats.output_mean.items()}
+    for name, (tensor, shape) in tensors.items():
+        if tuple(tensor.shape) != (rows, *shape):
+            yield f"{name} has shape {list(tensor.shape)}, expected {[rows, *shape]}"
+    if not rows:
+        return
+    if not np.isin(stats.client, block.client_ids).all():
+        yield "class statistics name a client outside the block"
+    if stats.label.min() < 0 or stats.label.max() >= expected.num_classes:
+        yield f"class statistics name a class outside 0 ... {expected.num_classes - 1}"
+    if not stats.count.min() >= expected.min_count:
+        yield f"class statistics of fewer than privacy.min_count = {expected.min_count} recordings"
+    for name, (tensor, _) in tensors.items():
+        if not _finite(tensor):
+            yield f"{name} has non-finite numbers"
+    if stats.audio_var is not None and float(stats.audio_var.min()) < 0:
+        yield "audio_var has negative numbers"
+
+
+def _finite(tensor: Tensor) -> bool:
+    # A finite sum has finite terms; only where it isn't (it may have overflowed) they are looked at one by one.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def state_bytes(state: AdapterState) -> int:

@@ -7,6 +7,7 @@ Legend: C classes, S segments, D audio embedding width.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,16 +22,33 @@ from fedsim.models.adapters import Adapter, make_adapter
 from fedsim.models.encoders import make_audio_encoder, require_ast
 from fedsim.types import AdapterState
 
+log = logging.getLogger(__name__)
+CPU_TABLE_BYTES = 2**30
+"""Larger stores are gathered ahead, in the background, so that training doesn't wait for the disk."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The whole store where it is trained on: inputs [N, ...], lengths [N], classes [N]."""
+
+    inputs: Tensor
+    lengths: Tensor
+    labels: Tensor
+
 
 @dataclass(frozen=True)
 class Parts:
-    """What computes, on one device: adapter, loss, client model and the open store."""
+    """What computes, on one device: adapter, loss, client model and the open store.
+
+    `table` is None when the store is too large for the device: then rows are gathered block by block.
+    """
 
     adapter: Adapter
     objective: Objective
     model: ClientModel
     encoder_state: AdapterState
     store: Store
+    table: Table | None
     device: torch.device
 
 
@@ -42,6 +60,7 @@ def build_parts(setup: Setup, device: torch.device) -> Parts:
         targets,
         contrastive_weight=config.training.contrastive_weight,
         temperature=config.training.contrastive_temperature,
+        cosine_weight=config.training.cosine_weight,
     ).to(device)
     encoder = config.model.audio_encoder
     adapter = make_adapter(
@@ -66,7 +85,23 @@ def build_parts(setup: Setup, device: torch.device) -> Parts:
         )
         encoder_state = {ENCODER + name: t.to(device) for name, t in ast.trainable_state(encoder.trainable).items()}
         model = EncoderModel(adapter, ast.forward)
-    return Parts(adapter, objective, model, encoder_state, open_store(setup.store_path), device)
+    store = open_store(setup.store_path)
+    return Parts(adapter, objective, model, encoder_state, store, _table(store, setup, device), device)
+
+
+def _table(store: Store, setup: Setup, device: torch.device) -> Table | None:
+    """The store on the device; on the CPU its own pages, which all processes of a machine share."""
+    room = CPU_TABLE_BYTES if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] // 4
+    if store.rows.nbytes > room:
+        log.info("embedding store of %d MB: rows are gathered block by block", store.rows.nbytes >> 20)
+        return None
+    # Copy on write: torch wants writable memory, but nothing is ever written.
+    inputs = np.load(store.path / "rows.npy", mmap_mode="c", allow_pickle=False)
+    return Table(
+        torch.from_numpy(inputs).to(device),
+        torch.from_numpy(np.array(store.lengths)).to(device),
+        torch.from_numpy(np.array(setup.labels)).to(device),
+    )
 
 
 def rows_of(parts: Parts, rows: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,11 @@
-"""The run directory: config.yaml, metrics.jsonl, result.json, checkpoints/, plots/, adapter/."""
+"""The run directory: config.yaml, metrics.jsonl, result.json, checkpoints/, clients/, plots/, adapter/."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,12 @@ def create_run_directory(run_dir: Path, config: Config) -> None:
 
 
 def discard_unused(run_dir: Path) -> None:
-    """Remove a run directory that holds nothing but its configuration, so that a mended run can take its place."""
-    if [path.name for path in run_dir.iterdir()] == ["config.yaml"]:
-        (run_dir / "config.yaml").unlink()
-        run_dir.rmdir()
+    """Remove a run directory from which nothing can go on, so that a mended run can take its place.
+
+    That is one with its configuration and, at most, what clients kept of an unfinished first round.
+    """
+    if {path.name for path in run_dir.iterdir()} in ({"config.yaml"}, {"config.yaml", "clients"}):
+        shutil.rmtree(run_dir)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,43 +1,43 @@
 """The server: one federated round after another.
 
 `Server.run_round` is the round: sample, train locally, aggregate, fit the generator, refine, evaluate. It knows
-nothing of Ray or MLflow; the pool that trains blocks and the tracker that records numbers are handed in.
+nothing of Ray or MLflow; the pool that trains blocks and the tracker that records numbers are handed in. Updates are
+put together as they arrive (see `gathering`): what the server holds doesn't grow with the clients of a round.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
+import tempfile
+import weakref
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fedsim.algorithms.aggregation import SumTree, make_aggregator
+from fedsim.algorithms.aggregation import make_aggregator
 from fedsim.algorithms.client_model import embed
 from fedsim.algorithms.evaluation import Evaluation, client_accuracies, evaluate, worst_tenth
 from fedsim.algorithms.sampling import order_cohort, sample_cohort
-from fedsim.errors import QuorumError
+from fedsim.errors import ConfigError, QuorumError
 from fedsim.federation.blocks import make_blocks
-from fedsim.federation.checkpoint import ServerState, save_checkpoint
+from fedsim.federation.checkpoint import CLIENTS, ServerState, kept_indices, save_checkpoint
+from fedsim.federation.client_store import ClientIndex, ClientStore
 from fedsim.federation.clock import RoundClock, Status
-from fedsim.federation.messages import check_update, state_bytes, stats_bytes
+from fedsim.federation.gathering import Joining, Numbers, OwnBlocks, make_joining
+from fedsim.federation.messages import Expected, check_update, shown, state_bytes
 from fedsim.federation.parts import Parts, adapter_part, build_parts, initial_state, rows_of
 from fedsim.federation.pool import ClientPool, LostBlock
 from fedsim.federation.server_step import ServerStep
 from fedsim.federation.setup import Setup
 from fedsim.seeding import rng
-from fedsim.types import (
-    AdapterState,
-    Block,
-    BlockUpdate,
-    Broadcast,
-    LostClient,
-    RoundResult,
-    concatenate_stats,
-)
+from fedsim.types import AdapterState, Block, Broadcast, LostClient, RoundResult, flatten_state
 
 log = logging.getLogger(__name__)
+CLIENTS_AT_ONCE = 16_384
 
 
 class Server:
@@ -49,6 +49,12 @@ class Server:
         device: where the server computes.
         state: where to go on from; None for a new run.
         status: told of every change of phase and of every finished block.
+        run_dir: receives what clients keep between rounds (`clients/`) and, while a round lasts, updates that don't go
+            into a sum; None: a temporary folder.
+
+    Raises:
+        ConfigError: the aggregator needs more clients than a cohort has.
+        CheckpointError: what clients keep according to `state` is missing.
     """
 
     def __init__(
@@ -59,109 +65,179 @@ class Server:
         device: torch.device,
         state: ServerState | None = None,
         status: Status = lambda _: None,
+        run_dir: Path | None = None,
     ) -> None:
         self.setup, self.config, self.pool, self.device = setup, setup.config, pool, device
         self.parts: Parts = build_parts(setup, device)
         self.state = state or ServerState(0, initial_state(setup, self.parts))
-        self.aggregator = make_aggregator(self.config.feda2v.adapter_aggregation_mode)
+        settings = self.config.feda2v
+        self.aggregator = make_aggregator(
+            settings.adapter_aggregation_mode,
+            trim_share=settings.trim_share,
+            byzantine_clients=settings.byzantine_clients,
+        )
+        self._require_enough()
+        self._folder = run_dir or _temporary_folder(self)
+        self._expected = Expected(
+            adapter={name: tuple(tensor.shape) for name, tensor in self.state.adapter.items()},
+            needs_updates=self.aggregator.needs_updates,
+            num_classes=len(setup.class_names),
+            audio_shape=tuple(self.parts.adapter.input_shape),
+            head_shapes={head: tuple(spec.shape) for head, spec in self.parts.adapter.specs.items()},
+            min_count=self.config.privacy.min_count,
+        )
+        self.clients = self._open_clients()
         self._step = ServerStep(setup, self.parts, self.state.generator)
         self.last_evaluation: Evaluation | None = None
         self._status = status
-        self._class_counts = setup.partition.class_counts(setup.labels, len(setup.class_names))
 
     def run_round(self) -> RoundResult:
         """Sample, train locally, aggregate, generate, refine, evaluate; the state moves on by one round."""
         # One thread: a sum's order, and so its bits, would otherwise depend on the number of cores.
         torch.set_num_threads(1)
-        config, state = self.config, self.state
+        state = self.state
         clock = RoundClock(state.round_number + 1, self._status)
         cohort = self._sample_cohort(clock.round_number)
-        blocks = make_blocks(cohort, config.resources.block_size, state.personal)
-        due = self._evaluation_due(clock.round_number)
-        # Clients that keep their own adapters never see the server's: a newcomer starts where the others did.
-        sent = initial_state(self.setup, self.parts) if self._apart else state.adapter
-        broadcast = Broadcast(clock.round_number, config.experiment.seed, sent, due and self._apart)
-        with clock("train"):
-            updates, delta_sum, lost = self._train(blocks, broadcast, clock)
-        with clock("aggregate"):
-            averaged = state.adapter
-            if delta_sum is not None:
-                averaged = self.aggregator.step(state.adapter, delta_sum, sum(u.weight_sum for u in updates))
-            stats = concatenate_stats([update.stats for update in updates])
+        blocks = make_blocks(cohort, self.config.resources.clients_per_block)
+        broadcast = self._broadcast(clock.round_number)
+        numbers = self._numbers(broadcast, len(cohort))
+        with closing(self._joining(len(cohort))) as joining:
+            with clock("train"):
+                lost = self._train(blocks, broadcast, joining, numbers, clock)
+            with clock("aggregate"):
+                averaged = self.aggregator.step(state.adapter, joining.joined())
+                stats = numbers.stats()
         stepped = self._step.run(averaged, stats, state.buffer, clock)
-        metrics = stepped.metrics | _client_metrics(updates)
-        if due:
+        metrics = stepped.metrics | numbers.metrics()
+        if broadcast.evaluate_clients:
             with clock("evaluate"):
                 metrics |= self._evaluate(averaged, stepped.adapter, cohort)
-        personal = {**state.personal, **{c: own for update in updates for c, own in update.personal.items()}}
+        metrics["clients/per_second"] = numbers.answered / clock.seconds["train"]
+        up, down = self._bytes(cohort, broadcast, numbers)
         generator = self._step.generator_state()
-        self.state = ServerState(clock.round_number, stepped.adapter, generator, stepped.buffer, personal)
-        metrics["clients/per_second"] = (len(cohort) - len(lost)) / clock.seconds["train"]
-        receivers = sum(int(client) not in state.personal for client in cohort) if self._apart else len(cohort)
-        up = (0 if self._apart else (len(cohort) - len(lost)) * state_bytes(state.adapter)) + stats_bytes(stats)
-        return RoundResult(
-            clock.round_number, len(cohort), tuple(lost), metrics, clock.seconds, up, receivers * state_bytes(sent)
-        )
-
-    @property
-    def _apart(self) -> bool:
-        return self.aggregator.keeps_clients_apart
-
-    def _evaluation_due(self, round_number: int) -> bool:
-        every, last = self.config.experiment.evaluate_every, self.config.federation.global_rounds
-        return round_number % every == 0 or round_number == last
+        kept = ClientIndex() if self.clients is None else self.clients.commit()
+        self.state = ServerState(clock.round_number, stepped.adapter, generator, stepped.buffer, kept)
+        return RoundResult(clock.round_number, len(cohort), tuple(lost), metrics, clock.seconds, up, down)
 
     def _sample_cohort(self, round_number: int) -> np.ndarray:
         """The cohort in the order that fixes blocks and sums."""
         partition = self.setup.partition
-        size = min(self.config.federation.cohort_size or partition.num_clients, partition.num_clients)
-        cohort = sample_cohort(partition.num_clients, size, rng(self.config.experiment.seed, "cohort", round_number))
-        return order_cohort(cohort, partition.counts[cohort], batch_size=self.config.training.batch_size)
+        stream = rng(self.config.experiment.seed, "cohort", round_number)
+        cohort = sample_cohort(partition.num_clients, self._cohort_size(), stream)
+        return order_cohort(cohort, partition.counts_of(cohort), batch_size=self.config.training.batch_size)
+
+    def _cohort_size(self) -> int:
+        population = self.setup.partition.num_clients
+        return min(self.config.federation.cohort_size or population, population)
+
+    def _broadcast(self, round_number: int) -> Broadcast:
+        """What clients are told. Those that keep their own adapters never see the server's: newcomers start alike."""
+        every, last = self.config.experiment.evaluate_every, self.config.federation.global_rounds
+        due = round_number % every == 0 or round_number == last
+        apart = self.aggregator.keeps_clients_apart
+        sent = initial_state(self.setup, self.parts) if apart else self.state.adapter
+        return Broadcast(round_number, self.config.experiment.seed, sent, due and apart, due)
+
+    def _numbers(self, broadcast: Broadcast, num_clients: int) -> Numbers:
+        return Numbers(
+            broadcast,
+            num_clients=num_clients,
+            block_size=self.config.resources.clients_per_block,
+            statistics_rows=self.config.feda2v.statistics_rows,
+        )
+
+    def _joining(self, num_clients: int) -> Joining:
+        return make_joining(
+            self.aggregator,
+            self.clients,
+            folder=self._folder,
+            num_clients=num_clients,
+            row_size=self._expected.row_size,
+            block_size=self.config.resources.clients_per_block,
+        )
 
     def _train(
-        self, blocks: Sequence[Block], broadcast: Broadcast, clock: RoundClock
-    ) -> tuple[list[BlockUpdate], AdapterState | None, list[LostClient]]:
-        """The only hop that carries weights: updates in block order, the sum of deltas, and lost clients."""
-        tree, updates, lost = SumTree(len(blocks)), [], []
+        self, blocks: Sequence[Block], broadcast: Broadcast, joining: Joining, numbers: Numbers, clock: RoundClock
+    ) -> list[LostClient]:
+        """The only hop that carries weights: every block's update is checked and joined as it comes, or lost."""
+        lost: list[LostClient] = []
         total = sum(len(block.client_ids) for block in blocks)
         clock.clients(0, total)
-        for answer in self.pool.train(blocks, broadcast):
+        for answer in self.pool.train(self._with_own(blocks, broadcast), broadcast):
             if isinstance(answer, LostBlock):
-                tree.add(answer.index, None)
-                lost += [LostClient(client, answer.reason) for client in answer.client_ids]
-                for client in answer.client_ids:
-                    log.warning("lost client %s: %s", self.setup.client_names[client], answer.reason)
-                continue
-            check_update(
-                answer,
-                blocks[answer.index],
-                broadcast.adapter,
-                round_number=broadcast.round_number,
-                min_count=self.config.privacy.min_count,
-            )
-            tree.add(answer.index, _to(answer.delta_sum, self.device))
-            updates.append(answer)
-            clock.clients(sum(len(u.metrics.client) for u in updates), total)
-        self._require_quorum(total - len(lost), total, broadcast.round_number)
-        return sorted(updates, key=lambda update: update.index), tree.root(), lost
+                joining.lose(answer.index)
+                lost += [LostClient(int(client), answer.reason) for client in answer.client_ids]
+                names = shown(answer.client_ids, self.setup.client_name)
+                log.warning("lost %d clients (%s): %s", len(answer.client_ids), names, answer.reason)
+            else:
+                check_update(answer, blocks[answer.index], self._expected, broadcast)
+                joining.add(answer, blocks[answer.index])
+                numbers.add(answer)
+                clock.clients(numbers.answered, total)
+        self._require_quorum(numbers.answered, total, broadcast.round_number)
+        return lost
+
+    def _with_own(self, blocks: Sequence[Block], broadcast: Broadcast) -> Sequence[Block]:
+        """Blocks as they are sent: with what their clients keep, where they keep anything."""
+        if self.clients is None:
+            return blocks
+        return OwnBlocks(blocks, self.clients, flatten_state(broadcast.adapter).numpy())
 
     def _require_quorum(self, answered: int, total: int, round_number: int) -> None:
         # Less a hair: 0.55 * 100 is 55.00000000000001, and 55 of 100 are enough.
         needed = max(1, int(np.ceil(self.config.federation.quorum * total - 1e-9)))
+        asking = "federation.quorum"
+        if needed < self.aggregator.min_clients:
+            needed, asking = self.aggregator.min_clients, self.config.feda2v.adapter_aggregation_mode
         if answered < needed:
             raise QuorumError(
-                f"round {round_number}: {answered} of {total} clients answered, federation.quorum asks for {needed}"
+                f"round {round_number}: {answered} of {total} clients answered, {asking} asks for {needed}"
             )
+
+    def _require_enough(self) -> None:
+        needed, size = self.aggregator.min_clients, self._cohort_size()
+        if size < needed:
+            mode = self.config.feda2v.adapter_aggregation_mode
+            raise ConfigError(
+                f"feda2v.adapter_aggregation_mode {mode} with feda2v.byzantine_clients "
+                f"{self.config.feda2v.byzantine_clients} needs at least {needed} clients in a cohort, it has {size}"
+            )
+
+    def _open_clients(self) -> ClientStore | None:
+        """Where clients keep their own tensors, if they do."""
+        if not self.aggregator.keeps_clients_apart:
+            return None
+        return ClientStore(
+            self._folder / CLIENTS,
+            self._expected.row_size,
+            index=self.state.clients,
+            kept=kept_indices(self._folder),
+        )
+
+    def _bytes(self, cohort: np.ndarray, broadcast: Broadcast, numbers: Numbers) -> tuple[int, int]:
+        """What the cohort's clients would send and receive; those that keep their own tensors receive them once."""
+        size = state_bytes(broadcast.adapter)
+        if self.clients is None:
+            return numbers.answered * size + numbers.stats_bytes, len(cohort) * size
+        newcomers = int((self.state.clients.slots_of(cohort) < 0).sum())
+        return numbers.stats_bytes, newcomers * size
 
     def _evaluate(self, averaged: AdapterState, adapter: AdapterState, cohort: np.ndarray) -> dict[str, float]:
         """Scores on held-out recordings, before and after refinement."""
         embeddings, labels = self._held_out(averaged)
         before, after = self._score(averaged, embeddings, labels), self._score(adapter, embeddings, labels)
         self.last_evaluation = after
-        accuracies = client_accuracies(after.confusion, self._class_counts[cohort])
+        accuracies = self._client_accuracies(after.confusion, cohort)
         metrics = {f"eval/{name}": value for name, value in after.metrics.items()}
         metrics |= {f"eval/{name}_averaged": value for name, value in before.metrics.items()}
         return metrics | {"client/acc_mean": float(accuracies.mean()), "client/acc_worst10": worst_tenth(accuracies)}
+
+    def _client_accuracies(self, confusion: np.ndarray, cohort: np.ndarray) -> np.ndarray:
+        """Accuracy on the class mix of every client of the cohort, some thousands of them at a time."""
+        partition, labels, classes = self.setup.partition, self.setup.labels, len(self.setup.class_names)
+        parts = np.split(cohort, range(CLIENTS_AT_ONCE, len(cohort), CLIENTS_AT_ONCE))
+        mixes = (partition.class_counts_of(part, labels, classes) for part in parts)
+        return np.concatenate([client_accuracies(confusion, mix) for mix in mixes])
 
     def _held_out(self, state: AdapterState) -> tuple[torch.Tensor, torch.Tensor]:
         """Audio embeddings [N, S, D] of the held-out recordings under the encoder of `state`, and labels [N]."""
@@ -180,9 +256,25 @@ class Server:
         return self.last_evaluation.confusion
 
     def save(self, run_dir: Path, *, mlflow_run_id: str | None) -> None:
-        """Write a checkpoint from which a resume repeats the coming rounds bit for bit."""
+        """Write a checkpoint from which a resume repeats the coming rounds bit for bit.
+
+        Raises:
+            ValueError: clients keep their tensors in another run directory.
+        """
+        if self.clients is not None:
+            if run_dir != self._folder:
+                raise ValueError(f"clients keep their tensors in {self._folder}, a checkpoint in {run_dir} lacks them")
+            self.clients.flush()
         fingerprint = self.setup.data_fingerprint
         save_checkpoint(run_dir, self.state, self.config, mlflow_run_id=mlflow_run_id, data_fingerprint=fingerprint)
+        if self.clients is not None:
+            self.clients.pin(self.state.clients)
+
+    def close(self) -> None:
+        """End the pool and close what clients keep."""
+        self.pool.close()
+        if self.clients is not None:
+            self.clients.close()
 
     def sample_embeddings(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """For a plot: held-out audio embeddings [n, S * D], their classes, synthetic ones [m, S * D], their classes."""
@@ -191,26 +283,8 @@ class Server:
         return real.flatten(1).cpu().numpy(), labels.cpu().numpy(), made, made_labels
 
 
-def _to(state: AdapterState | None, device: torch.device) -> AdapterState | None:
-    return None if state is None else {name: tensor.to(device) for name, tensor in state.items()}
-
-
-def _client_metrics(updates: Sequence[BlockUpdate]) -> dict[str, float]:
-    """Means over the cohort's clients, in block order (float64)."""
-
-    def mean(name: str) -> float:
-        values = np.concatenate([getattr(update.metrics, name) for update in updates])
-        return float(values.mean())
-
-    metrics = {
-        "train/loss": mean("train_loss"),
-        "train/loss_before": mean("loss_before"),
-        "train/loss_after": mean("loss_after"),
-        "train/accuracy_before": mean("accuracy_before"),
-        "train/accuracy_after": mean("accuracy_after"),
-    }
-    held_out = np.concatenate([update.metrics.held_out_accuracy for update in updates])
-    if np.isfinite(held_out).all():
-        metrics["eval/top1_personal"] = float(held_out.mean())
-        metrics["eval/top1_personal_worst10"] = worst_tenth(held_out)
-    return metrics
+def _temporary_folder(owner: object) -> Path:
+    """A folder that goes with its owner."""
+    folder = Path(tempfile.mkdtemp(prefix="fedsim-"))
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return folder

@@ -43,7 +43,14 @@ class FinalReport:
 
 
 class Tracker(Protocol):
-    """Records a run. An implementation never stops a run: what it can't deliver it reports as a warning."""
+    """Records a run. Once opened it never stops a run: what it can't deliver it reports as a warning."""
+
+    def address(self) -> tuple[str, str] | None:
+        """Id of the run's record and address of the store that holds it, or None without one.
+
+        Raises:
+            ConfigError: the store can't be opened.
+        """
 
     def log_round(self, result: RoundResult) -> None:
         """Record the numbers of one round; a round that was recorded before is skipped."""

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim.algorithms.aggregation import AGGREGATORS, SumTree, make_aggregator, tree_sum
+from fedsim.algorithms.aggregation import AGGREGATORS, Joined, SumTree, make_aggregator, tree_sum
+from fedsim.config.schema import FedA2V
 from fedsim.errors import ConfigError
 
 
@@ -84,11 +85,42 @@ def test_blocks_that_arrive_in_order_hold_a_logarithm_of_sums():
     assert tree.root()["w"].item() == 1024
 
 
+@pytest.mark.parametrize("owned", [False, True])
+def test_the_tree_changes_only_what_it_was_given(owned):
+    sums = block_sums(deltas(13), 1)
+    before = [value["w"].clone() for value in sums]
+    tree = SumTree(13)
+    for index in np.random.default_rng(3).permutation(13):
+        tree.add(index, sums[index], owned=owned)
+    assert torch.equal(tree.root()["w"], tree_sum(torch.stack(before)))
+    same = [torch.equal(value["w"], old) for value, old in zip(sums, before, strict=True)]
+    assert all(same) if not owned else not all(same)
+
+
+def test_a_lone_block_is_copied_too():
+    value = {"w": torch.ones(3)}
+    tree = SumTree(1)
+    tree.add(0, value)
+    value["w"].fill_(9)
+    assert tree.root()["w"].tolist() == [1, 1, 1]
+
+
+def test_the_tree_allocates_a_logarithm_of_sums_not_one_per_block():
+    tree, memories = SumTree(64), set()
+    for index in range(64):
+        tree.add(index, {"w": torch.ones(1000)})
+        memories |= {value["w"].data_ptr() for value in tree._nodes.values() if value is not None}
+    assert tree.root()["w"][0] == 64
+    assert len(tree._nodes) == 1
+    assert len(memories) <= 32  # every second block's copy at most, and freed memory comes back
+
+
 def aggregate(name: str, start, clients, counts):
     rule = make_aggregator(name)
-    weights = [rule.weight(n) for n in counts]
+    weights = rule.weight(np.array(counts))
+    assert weights.dtype == np.float64
     total = tree_sum(torch.stack([w * (c - start) for w, c in zip(weights, clients, strict=True)]))
-    return rule.step({"w": start}, {"w": total}, sum(weights))["w"]
+    return rule.step({"w": start}, Joined({"w": total}, float(weights.sum())))["w"]
 
 
 def test_aggregators_by_hand_on_two_clients():
@@ -117,19 +149,46 @@ def test_identical_clients_average_to_themselves():
 def test_none_keeps_the_global_adapter_and_the_clients_apart():
     rule, start = make_aggregator("none"), {"w": torch.ones(2)}
     assert rule.keeps_clients_apart
-    assert rule.weight(9) == 0.0
-    assert rule.step(start, {"w": torch.full((2,), 7.0)}, 0.0) is start
-    assert not any(make_aggregator(name).keeps_clients_apart for name in ("avg", "weighted"))
+    assert rule.weight(np.array([9, 1])).tolist() == [0.0, 0.0]
+    assert rule.step(start, Joined()) is start
+
+
+def test_aggregators_say_what_they_need():
+    assert [name for name in AGGREGATORS if make_aggregator(name).keeps_clients_apart] == ["none"]
+    every = {name for name in AGGREGATORS if make_aggregator(name).needs_updates}
+    assert every == {"none", "median", "trimmed_mean", "krum"}
+    assert [make_aggregator("krum", byzantine_clients=f).min_clients for f in (0, 1, 4)] == [3, 5, 11]
+    assert {make_aggregator(name).min_clients for name in AGGREGATORS if name != "krum"} == {1}
+
+
+def test_the_configuration_offers_all_aggregators_with_the_same_defaults():
+    fields = FedA2V.model_fields
+    assert set(fields["adapter_aggregation_mode"].annotation.__args__) == set(AGGREGATORS)
+    defaults = make_aggregator.__kwdefaults__
+    assert defaults == {name: fields[name].default for name in ("trim_share", "byzantine_clients")}
 
 
 def test_steps_change_no_argument():
-    start, total = {"w": torch.ones(2)}, {"w": torch.full((2,), 4.0)}
+    rows = np.full((3, 2), 4.0, dtype=np.float32)
     for name in AGGREGATORS:
-        make_aggregator(name).step(start, total, 2.0)
+        start, total = {"w": torch.ones(2)}, {"w": torch.full((2,), 4.0)}
+        after = make_aggregator(name).step(start, Joined(total, 2.0, [rows]))
+        assert after["w"].tolist() == {"none": [1, 1], "avg": [3, 3], "weighted": [3, 3]}.get(name, [5, 5])
         assert start["w"].tolist() == [1, 1]
         assert total["w"].tolist() == [4, 4]
+        assert (rows == 4).all()
+
+
+def test_a_robust_step_finds_every_tensor_its_part_of_the_vector():
+    start = {"b": torch.zeros(2, 2), "a": torch.full((3,), 10.0)}  # vectors are in name order
+    rows = np.tile(np.arange(7, dtype=np.float32), (3, 1))
+    for columns in ([rows], np.split(rows, [2, 6], axis=1)):
+        after = make_aggregator("median").step(start, Joined(columns=columns))
+        assert after["a"].tolist() == [10, 11, 12]
+        assert after["b"].tolist() == [[3, 4], [5, 6]]
 
 
 def test_unknown_aggregators_are_refused():
-    with pytest.raises(ConfigError, match="unknown aggregator 'mean'; known: avg, weighted, none"):
+    known = "avg, weighted, none, median, trimmed_mean, krum"
+    with pytest.raises(ConfigError, match=f"unknown aggregator 'mean'; known: {known}"):
         make_aggregator("mean")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -38,6 +40,43 @@ def test_clients_are_drawn_uniformly():
 def test_a_small_cohort_of_a_million_clients_costs_nothing():
     cohort = sample_cohort(10**12, 5, rng(0, "cohort", 1))  # memory for such a population would not exist
     assert len(set(cohort.tolist())) == 5
+
+
+def peak_bytes(num_clients, cohort_size):
+    tracemalloc.start()
+    sample_cohort(num_clients, cohort_size, rng(0, "cohort", 1))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize("size", [600, 5_000, 10_000, 11_999])
+def test_large_cohorts_of_large_populations(size):
+    cohorts = [sample_cohort(12_000, size, rng(0, "cohort", r)) for r in (1, 1, 2)]
+    for cohort in cohorts:
+        assert len(cohort) == size
+        assert (np.diff(cohort) > 0).all()
+        assert 0 <= cohort[0] < cohort[-1] < 12_000
+    np.testing.assert_array_equal(cohorts[0], cohorts[1])
+    assert not np.array_equal(cohorts[0], cohorts[2])
+
+
+@pytest.mark.parametrize("size", [2_000, 10_000])
+def test_large_cohorts_are_drawn_uniformly(size):
+    times = np.zeros(12_000)
+    for r in range(400):
+        times[sample_cohort(12_000, size, rng(0, "cohort", r))] += 1
+    # A client takes part with p = size / 12 000: its number of rounds is binomial, mean and variance follow.
+    share = size / 12_000
+    assert times.mean() == pytest.approx(400 * share)
+    assert times.var() == pytest.approx(400 * share * (1 - share), rel=0.06)
+    assert times.reshape(12, 1000).sum(1) / 400_000 == pytest.approx(np.full(12, share), abs=0.004)
+
+
+def test_memory_of_a_cohort_does_not_grow_with_the_population():
+    assert peak_bytes(15_000_000, 10_000) < 1e6
+    assert peak_bytes(2**32 - 1, 10_000) < 1e6
+    assert peak_bytes(15_000_000, 1_000_000) < 32e6  # the answer itself takes 8 MB
 
 
 def test_cohorts_are_ordered_by_batches_then_by_client():

@@ -6,11 +6,15 @@ import hashlib
 import json
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from worlds import SERVER_STEP, make_server, numbers, reconfigured, run, tiny_config
+from worlds import SERVER_STEP, kept_of, make_server, numbers, reconfigured, run, tiny_config
 
 from fedsim.errors import CheckpointError
 from fedsim.federation.checkpoint import ServerState, load_checkpoint, newest_checkpoint, save_checkpoint
@@ -26,6 +30,8 @@ VARIANTS = {
     "avg": (NO_STEP, "feda2v.adapter_aggregation_mode=avg"),
     "none": (NO_STEP, "feda2v.adapter_aggregation_mode=none", "federation.cohort_size=4"),
     "none with server step": (*SERVER_STEP, "feda2v.adapter_aggregation_mode=none"),
+    "sampled statistics": (*SERVER_STEP, "feda2v.statistics_rows=3"),
+    "median": (*SERVER_STEP, "feda2v.adapter_aggregation_mode=median"),
 }
 
 
@@ -33,24 +39,28 @@ def state_of(server) -> dict[str, object]:
     """All of a server's state in a form that compares."""
     state = server.state
     tables = {"adapter": state.adapter, "generator": state.generator}
-    tables |= {f"personal {client}": own for client, own in state.personal.items()}
     buffer = state.buffer
     if buffer is not None:
         numbers = {name: torch.from_numpy(getattr(buffer, name)) for name in ("client", "label", "count")}
+        if buffer.sampled_count is not None:
+            numbers["sampled_count"] = torch.from_numpy(buffer.sampled_count)
         tables["buffer"] = {"audio_mean": buffer.audio_mean, **buffer.output_mean, **numbers}
         if buffer.audio_var is not None:
             tables["buffer"]["audio_var"] = buffer.audio_var
-    return {"round": state.round_number} | {key: (sorted(table), digest(table)) for key, table in tables.items()}
+    kept = {} if server.clients is None else kept_of(server)
+    return {"round": state.round_number, "clients": kept} | {
+        key: (sorted(table), digest(table)) for key, table in tables.items()
+    }
 
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
 def test_a_resumed_run_is_the_uninterrupted_one(setup, tmp_path, overrides):
     setup = reconfigured(setup, *overrides)
     whole, results = run(setup)
-    first, early = run(setup, 2)
+    first, early = run(setup, 2, run_dir=tmp_path)
     first.save(tmp_path, mlflow_run_id="abc")
     state, run_id = load_checkpoint(tmp_path, setup.config)
-    second = make_server(setup, state=state)
+    second = make_server(setup, state=state, run_dir=tmp_path)
     assert run_id == "abc"
     assert state_of(second) == state_of(first)
     late = [second.run_round() for _ in range(2)]
@@ -76,6 +86,124 @@ def test_beta_goes_on_where_it_was(setup, tmp_path):
     first.save(tmp_path, mlflow_run_id=None)
     second = make_server(setup, state=load_checkpoint(tmp_path, setup.config)[0])
     assert second.run_round().metrics["server/generator_beta"] == 1.0
+
+
+NONE = (NO_STEP, "feda2v.adapter_aggregation_mode=none", "federation.cohort_size=4")
+
+
+def test_what_clients_keep_is_that_of_the_checkpoint_whatever_came_after_it(setup, tmp_path):
+    # The process goes on for a round after its last checkpoint, and is killed.
+    setup = reconfigured(setup, *NONE)
+    whole, _ = run(setup)
+    first, _ = run(setup, 2, run_dir=tmp_path)
+    first.save(tmp_path, mlflow_run_id=None)
+    first.run_round()
+    state, _ = load_checkpoint(tmp_path, setup.config)
+    second, _ = run(setup, state=state, run_dir=tmp_path)
+    assert state_of(second) == state_of(whole)
+
+
+def test_an_earlier_checkpoint_is_as_good_when_the_newest_is_deleted(setup, tmp_path):
+    setup = reconfigured(setup, *NONE)
+    server, states = make_server(setup, run_dir=tmp_path), {}
+    for number in range(1, 5):
+        server.run_round()
+        server.save(tmp_path, mlflow_run_id=None)
+        states[number] = state_of(server)
+    for number in (4, 3, 2, 1):
+        state, _ = load_checkpoint(tmp_path, setup.config)
+        again = make_server(setup, state=state, run_dir=tmp_path)
+        assert state_of(again) == states[number]
+        if number == 2:  # a run that goes on from here leaves round 1 alone
+            for later in (3, 4):
+                again.run_round()
+                assert state_of(again) == states[later]
+        shutil.rmtree(tmp_path / "checkpoints" / f"round-{number}")
+
+
+def test_a_checkpoint_of_what_clients_keep_is_an_index(setup, tmp_path):
+    setup = reconfigured(setup, *NONE)
+    server, _ = run(setup, 1, run_dir=tmp_path)
+    server.save(tmp_path, mlflow_run_id=None)
+    folder = tmp_path / "checkpoints" / "round-1"
+    assert {path.name for path in folder.iterdir()} == {"state.json", "adapter.safetensors", "clients.safetensors"}
+    assert (folder / "clients.safetensors").stat().st_size < 500
+    row = 4 * sum(t.numel() for t in server.state.adapter.values())
+    assert (tmp_path / "clients" / "rows.f32").stat().st_size == 4 * row
+
+
+@pytest.mark.parametrize("damage", ["missing", "too short"])
+def test_what_clients_keep_is_missed_when_it_is_gone(setup, tmp_path, damage):
+    setup = reconfigured(setup, *NONE)
+    server, _ = run(setup, 1, run_dir=tmp_path)
+    server.save(tmp_path, mlflow_run_id=None)
+    file = tmp_path / "clients" / "rows.f32"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path, setup.config)
+    assert str(caught.value).startswith(f"{file} is {damage}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_older_checkpoint_is_said_to_be_given_up(setup, tmp_path, caplog):
+    setup = reconfigured(setup, *NONE)
+    server = make_server(setup, run_dir=tmp_path)
+    for _ in range(2):
+        server.run_round()
+        server.save(tmp_path, mlflow_run_id=None)
+    file = tmp_path / "checkpoints" / "round-1" / "clients.safetensors"
+    file.write_bytes(b"no safetensors")
+    state, _ = load_checkpoint(tmp_path, setup.config)
+    again = make_server(setup, state=state, run_dir=tmp_path)
+    assert state_of(again) == state_of(server)
+    assert f"{file}: what its clients kept won't be kept any longer" in caplog.text
+
+
+def test_a_checkpoint_elsewhere_would_lack_what_clients_keep(setup, tmp_path):
+    server, _ = run(reconfigured(setup, *NONE), 1, run_dir=tmp_path / "here")
+    with pytest.raises(ValueError, match=r"clients keep their tensors in .*here, a checkpoint in .*there lacks them"):
+        server.save(tmp_path / "there", mlflow_run_id=None)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {folder!r})
+from worlds import *
+from fedsim.federation.setup import prepare
+run_dir, options = Path({run_dir!r}), {options!r}
+server = make_server(prepare(tiny_config(*options)), run_dir=run_dir)
+for number in (1, 2):
+    server.run_round()
+    server.save(run_dir, mlflow_run_id=None)
+pool = server.pool
+
+class Dying:
+    def train(self, blocks, broadcast):
+        for number, update in enumerate(pool.train(blocks, broadcast)):
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield update
+
+server.pool = Dying()
+server.run_round()
+"""
+
+
+def test_a_run_killed_in_the_middle_of_a_round_goes_on_bit_for_bit(setup, tmp_path):
+    program = KILLED.format(folder=str(Path(__file__).parent), run_dir=str(tmp_path), options=NONE)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    setup = reconfigured(setup, *NONE)
+    state, _ = load_checkpoint(tmp_path, setup.config)
+    assert state.round_number == 2
+    resumed, late = run(setup, state=state, run_dir=tmp_path)
+    whole, results = run(setup)
+    assert state_of(resumed) == state_of(whole)
+    assert numbers(late) == numbers(results[2:])
 
 
 @pytest.fixture
@@ -145,9 +273,9 @@ def test_damaged_and_missing_tensors_are_named_and_an_earlier_checkpoint_serves(
         "[]",
         "3",
         "{}",
-        '{"schema": 1}',
-        '{"schema": 1, "round": "2", "config": {}, "sha256": {}}',
-        '{"schema": 1, "round": 2, "config": [], "sha256": {}}',
+        '{"schema": 2}',
+        '{"schema": 2, "round": "2", "config": {}, "sha256": {}}',
+        '{"schema": 2, "round": 2, "config": [], "sha256": {}}',
     ],
 )
 def test_a_damaged_document_is_named(saved, text):
@@ -168,8 +296,11 @@ def rewritten(saved, **changes) -> None:
 
 
 def test_another_schema_is_refused(saved):
-    rewritten(saved, schema=99)
-    assert "checkpoint schema 99, this fedsim reads 1" in refusal(saved)
+    for schema in (1, 99):
+        rewritten(saved, schema=schema)
+        text = refusal(saved)
+        assert f"checkpoint schema {schema}, this fedsim reads 2" in text
+        assert "finish the run with the fedsim that began it, or start a new one" in text
 
 
 def test_a_document_without_the_adapters_file_is_refused(saved):
@@ -252,7 +383,7 @@ def test_files_outside_of_the_checkpoint_are_not_read(saved, tmp_path_factory):
 
 def test_tensors_that_share_memory_are_saved_whole(tmp_path):
     whole = torch.arange(6.0)
-    state = ServerState(1, {"a": whole[:3], "b": whole[3:], "c": whole}, personal={3: {"a": whole[:3]}})
+    state = ServerState(1, {"a": whole[:3], "b": whole[3:], "c": whole})
     save_checkpoint(tmp_path, state, tiny_config(), mlflow_run_id=None)
     back, _ = load_checkpoint(tmp_path, tiny_config())
     assert {name: t.tolist() for name, t in back.adapter.items()} == {
@@ -260,7 +391,7 @@ def test_tensors_that_share_memory_are_saved_whole(tmp_path):
         "b": [3, 4, 5],
         "c": [0, 1, 2, 3, 4, 5],
     }
-    assert back.personal[3]["a"].tolist() == [0, 1, 2]
+    assert len(back.clients) == 0
     assert back.buffer is None
 
 

@@ -13,7 +13,9 @@ from worlds import (
     SERVER_STEP,
     LossyPool,
     ReorderedPool,
+    block_of,
     digest_after,
+    kept_of,
     make_server,
     numbers,
     only_client,
@@ -22,14 +24,15 @@ from worlds import (
     tiny_config,
 )
 
-from fedsim.algorithms.aggregation import make_aggregator
-from fedsim.errors import ClientError, QuorumError
+from fedsim.algorithms.aggregation import AGGREGATORS, make_aggregator
+from fedsim.algorithms.robust import krum
+from fedsim.errors import ClientError, ConfigError, QuorumError
 from fedsim.federation.blocks import BlockTrainer, make_blocks
 from fedsim.federation.parts import build_parts, initial_state
 from fedsim.federation.pool import InProcessPool
 from fedsim.federation.setup import prepare
 from fedsim.models.saved import digest
-from fedsim.types import Block, Broadcast
+from fedsim.types import Block, Broadcast, flatten_state, unflatten_state
 
 NO_STEP = "feda2v.global_model_train=false"
 
@@ -109,7 +112,7 @@ def test_a_round_is_fedavg_by_hand(setup, mode):
     start = make_server(setup).state.adapter
     trainer, total, weights = BlockTrainer(setup, CPU), dict.fromkeys(start, 0.0), 0.0
     for client in range(7):
-        update = trainer.train(Block(0, (client,)), Broadcast(1, 7, start))
+        update = trainer.train(block_of(client), Broadcast(1, 7, start))
         n = len(setup.partition.client(client))
         weight = 1 if mode == "avg" else n
         assert update.weight_sum == weight
@@ -119,6 +122,110 @@ def test_a_round_is_fedavg_by_hand(setup, mode):
     server, _ = run(setup, 1)
     for name, tensor in server.state.adapter.items():
         torch.testing.assert_close(tensor.double(), start[name] + total[name] / weights, atol=1e-6, rtol=1e-6)
+
+
+ROBUST = {
+    "median": (lambda rows: np.median(rows.astype(np.float64), axis=0), ()),
+    "trimmed_mean": (
+        lambda rows: np.sort(rows.astype(np.float64), axis=0)[2:-2].mean(0),
+        ("feda2v.trim_share=0.3",),
+    ),
+    "krum": (lambda rows: krum([rows], byzantine=1), ("feda2v.byzantine_clients=1",)),
+}
+
+
+@pytest.mark.parametrize("mode", ROBUST)
+def test_a_robust_round_is_its_centre_of_the_clients_updates(setup, mode):
+    centre, options = ROBUST[mode]
+    setup = reconfigured(setup, NO_STEP, f"feda2v.adapter_aggregation_mode={mode}", *options)
+    server = make_server(setup)
+    start = flatten_state(server.state.adapter).numpy()
+    trainer, broadcast = BlockTrainer(setup, CPU), Broadcast(1, 7, server.state.adapter)
+    updates = np.concatenate([trainer.train(block_of(client), broadcast).updates for client in range(7)])
+    server.run_round()
+    after = flatten_state(server.state.adapter).numpy()
+    np.testing.assert_allclose(after, start + centre(updates), rtol=1e-6, atol=1e-7)
+    assert not np.allclose(after, start + updates.mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ROBUST)
+def test_order_and_blocks_leave_no_trace_in_a_robust_round(setup, tmp_path, mode):
+    options = (*SERVER_STEP, f"feda2v.adapter_aggregation_mode={mode}", *ROBUST[mode][1])
+    setup = reconfigured(setup, *options)
+    server, results = run(setup, 2, run_dir=tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []  # the matrix has gone with its round
+    backwards = ReorderedPool(setup, lambda updates, number: updates[::-1])
+    for other in (
+        run(setup, 2, pool=backwards),
+        run(reconfigured(setup, *options, "resources.block_size=8"), 2),
+        run(reconfigured(setup, *options, "resources.block_size=1"), 2),
+    ):
+        assert digest(other[0].state.adapter) == digest(server.state.adapter)
+        assert numbers(other[1]) == numbers(results)
+
+
+def test_lost_clients_are_left_out_of_a_robust_round(setup):
+    setup = reconfigured(setup, NO_STEP, "feda2v.adapter_aggregation_mode=median", "federation.quorum=0.5")
+    server = make_server(setup, pool=LossyPool(setup, {1, 3}))
+    start = flatten_state(server.state.adapter).numpy()
+    blocks = make_blocks(server._sample_cohort(1), 2)
+    trainer, broadcast = BlockTrainer(setup, CPU), Broadcast(1, 7, server.state.adapter)
+    updates = np.concatenate([trainer.train(blocks[index], broadcast).updates for index in (0, 2)])
+    result = server.run_round()
+    assert len(result.lost) == 3
+    after = flatten_state(server.state.adapter).numpy()
+    np.testing.assert_allclose(after, start + np.median(updates, axis=0), rtol=1e-6, atol=1e-7)
+
+
+def test_krum_asks_for_enough_clients_before_and_during_a_run(setup):
+    krum_of = (NO_STEP, "feda2v.adapter_aggregation_mode=krum")
+    with pytest.raises(ConfigError) as refused:
+        make_server(reconfigured(setup, *krum_of, "feda2v.byzantine_clients=3"))
+    assert str(refused.value) == (
+        "feda2v.adapter_aggregation_mode krum with feda2v.byzantine_clients 3 needs at least 9 clients in a cohort, "
+        "it has 7"
+    )
+    lossy = reconfigured(setup, *krum_of, "feda2v.byzantine_clients=2", "federation.quorum=0.1")
+    with pytest.raises(QuorumError, match="round 1: 5 of 7 clients answered, krum asks for 7"):
+        run(lossy, 1, pool=LossyPool(lossy, {0}))
+
+
+def test_lost_clients_keep_what_they_had(setup):
+    setup = reconfigured(setup, NO_STEP, "feda2v.adapter_aggregation_mode=none", "federation.quorum=0.1")
+    server, _ = run(setup, 1)
+    before = kept_of(server)
+    server.pool = LossyPool(setup, {0, 2})
+    lost = {client.client for client in server.run_round().lost}
+    after = kept_of(server)
+    assert len(lost) == 4
+    assert {client for client in after if after[client] == before[client]} == lost
+
+
+def test_a_round_that_failed_leaves_what_clients_keep_as_it_was(setup):
+    setup = reconfigured(setup, NO_STEP, "feda2v.adapter_aggregation_mode=none")
+    whole, _ = run(setup, 2)
+    server, _ = run(setup, 1)
+    before, pool = kept_of(server), server.pool
+    server.pool = LossyPool(setup, {2})
+    with pytest.raises(QuorumError):
+        server.run_round()
+    assert kept_of(server) == before
+    server.pool = pool
+    server.run_round()
+    assert kept_of(server) == kept_of(whole)
+
+
+def test_a_bounded_sample_of_statistics_does_not_depend_on_order_or_blocks(setup):
+    options = (*SERVER_STEP, "feda2v.statistics_rows=3")
+    bounded = reconfigured(setup, *options)
+    server, _ = run(bounded, 2)
+    assert len(server.state.buffer) <= 2 * 3
+    assert digest(server.state.adapter) != digest_after(reconfigured(setup, *SERVER_STEP), 2)
+    backwards = ReorderedPool(bounded, lambda updates, number: updates[::-1])
+    assert digest_after(bounded, 2, pool=backwards) == digest(server.state.adapter)
+    for block_size in (1, 8):
+        other = reconfigured(setup, *options, f"resources.block_size={block_size}")
+        assert digest_after(other, 2) == digest(server.state.adapter)
 
 
 def test_weights_count_where_clients_are_unequal(setup):
@@ -134,7 +241,8 @@ def test_a_federation_of_one_client_is_local_training(setup):
     alone = only_client(reconfigured(setup, NO_STEP), 3)
     start = make_server(alone).state.adapter
     own = reconfigured(alone, NO_STEP, "feda2v.adapter_aggregation_mode=none")
-    local = BlockTrainer(own, CPU).train(Block(0, (0,)), Broadcast(1, 7, start)).personal[0]
+    (row,) = BlockTrainer(own, CPU).train(block_of(0), Broadcast(1, 7, start)).updates
+    local = unflatten_state(torch.from_numpy(row), start)
     for mode in ("avg", "weighted"):
         server, _ = run(reconfigured(alone, NO_STEP, f"feda2v.adapter_aggregation_mode={mode}"), 1)
         for name, tensor in server.state.adapter.items():
@@ -144,19 +252,19 @@ def test_a_federation_of_one_client_is_local_training(setup):
 def test_none_keeps_clients_apart_and_equal_to_training_alone(setup):
     setup = reconfigured(setup, NO_STEP, "feda2v.adapter_aggregation_mode=none")
     server, results = run(setup)
-    personal, start = server.state.personal, initial_state(setup, build_parts(setup, CPU))
-    assert sorted(personal) == list(range(7))
-    assert len({digest(own) for own in personal.values()}) == 7
+    kept, start = kept_of(server), initial_state(setup, build_parts(setup, CPU))
+    assert sorted(kept) == list(range(7))
+    assert len(set(kept.values())) == 7
     assert digest(server.state.adapter) == digest(start)
     trainer = BlockTrainer(setup, CPU)
     for client in range(7):
-        own = {}
+        own = flatten_state(start).numpy()[None]
         for number in range(1, 5):
-            own = trainer.train(Block(0, (client,), own), Broadcast(number, 7, start)).personal
-        assert digest(own[client]) == digest(personal[client])
+            own = trainer.train(block_of(client, own=own), Broadcast(number, 7, start)).updates
+        assert own.tobytes() == kept[client]
     # Client 0 keeps its number, and so its random streams, in a federation of its own.
     alone, _ = run(only_client(setup, 0))
-    assert digest(alone.state.personal[0]) == digest(personal[0])
+    assert kept_of(alone) == {0: kept[0]}
     last = results[-1].metrics
     assert 0 <= last["eval/top1_personal_worst10"] <= last["eval/top1_personal"] <= 1
 
@@ -165,13 +273,12 @@ def test_none_keeps_the_tensors_of_clients_that_are_not_sampled(setup):
     setup = reconfigured(setup, NO_STEP, "feda2v.adapter_aggregation_mode=none", "federation.cohort_size=3")
     server = make_server(setup)
     for _ in range(4):
-        before = dict(server.state.personal)
+        before = kept_of(server)
         cohort = set(server._sample_cohort(server.state.round_number + 1).tolist())
         server.run_round()
-        for client, own in server.state.personal.items():
-            if client in before:
-                assert (digest(own) == digest(before[client])) == (client not in cohort)
-        assert set(server.state.personal) == set(before) | cohort
+        after = kept_of(server)
+        assert all((after[client] == before[client]) == (client not in cohort) for client in before)
+        assert set(after) == set(before) | cohort
 
 
 def test_none_with_a_server_step_trains_the_global_adapter_alone(setup):
@@ -179,9 +286,7 @@ def test_none_with_a_server_step_trains_the_global_adapter_alone(setup):
     server, _ = run(setup, 2)
     plain, _ = run(reconfigured(setup, NO_STEP, "feda2v.adapter_aggregation_mode=none"), 2)
     assert digest(server.state.adapter) != digest(plain.state.adapter)
-    assert {c: digest(own) for c, own in server.state.personal.items()} == {
-        c: digest(own) for c, own in plain.state.personal.items()
-    }
+    assert kept_of(server) == kept_of(plain)
 
 
 @pytest.mark.parametrize("kind", ["replay", "gaussian", "cof", "vae", "gan"])
@@ -241,34 +346,41 @@ def test_a_round_is_evaluated_when_due_and_at_the_end(setup):
     _, results = run(reconfigured(setup, NO_STEP, "experiment.evaluate_every=3"))
     assert ["eval/top1" in r.metrics for r in results] == [False, False, True, True]
     assert ["evaluate" in r.seconds for r in results] == [False, False, True, True]
+    own = {"train/loss_before", "train/loss_after", "train/accuracy_before", "train/accuracy_after"}
+    assert [own & r.metrics.keys() for r in results] == [set(), set(), own, own]
+    assert all(np.isfinite(list(r.metrics.values())).all() for r in results)
+    assert all("train/loss" in r.metrics for r in results)
 
 
 def test_bytes_are_those_of_adapters_and_statistics(setup):
-    plain = reconfigured(setup, NO_STEP)
+    plain = reconfigured(setup, *SERVER_STEP)
     server, (result,) = run(plain, 1)
     adapter = 4 * sum(t.numel() for t in server.state.adapter.values())
-    counts = plain.partition.class_counts(plain.labels, 4)
+    counts = plain.partition.class_counts_of(np.arange(7), plain.labels, 4)
     pairs = int((counts >= 2).sum())
     assert pairs > 0
     # numbers of client, class and count; mean and variance [4, 32]; outputs 16 and 4 x 16
     row = 3 * 8 + 4 * (2 * 4 * 32 + 16 + 4 * 16)
     assert result.bytes_down == 7 * adapter
     assert result.bytes_up == 7 * adapter + pairs * row
-    _, (lean,) = run(reconfigured(plain, NO_STEP, "privacy.share_variances=false"), 1)
+    _, (lean,) = run(reconfigured(plain, *SERVER_STEP, "privacy.share_variances=false"), 1)
     assert result.bytes_up - lean.bytes_up == pairs * 4 * 4 * 32
+    # Without a server step nobody asks for statistics.
+    _, (none,) = run(reconfigured(plain, NO_STEP), 1)
+    assert none.bytes_up == none.bytes_down == 7 * adapter
 
 
 def test_blocks_are_the_ordered_cohort_cut_into_pieces():
-    blocks = make_blocks(np.array([4, 2, 9, 1, 7]), 2, {2: {"w": torch.ones(1)}, 5: {"w": torch.ones(1)}})
+    blocks = make_blocks(np.array([4, 2, 9, 1, 7]), 2)
     assert [block.index for block in blocks] == [0, 1, 2]
-    assert [block.client_ids for block in blocks] == [(4, 2), (9, 1), (7,)]
-    assert [sorted(block.personal) for block in blocks] == [[2], [], []]
+    assert [block.client_ids.tolist() for block in blocks] == [[4, 2], [9, 1], [7]]
+    assert all(block.own is None for block in blocks)
 
 
 def test_lost_clients_are_named_and_left_out_of_the_mean(setup, caplog):
     setup = reconfigured(setup, NO_STEP, "federation.quorum=0.5")
     server = make_server(setup, pool=LossyPool(setup, {1, 3}))
-    blocks = make_blocks(server._sample_cohort(1), 2, {})
+    blocks = make_blocks(server._sample_cohort(1), 2)
     lost = [c for index in (1, 3) for c in blocks[index].client_ids]
     start = server.state.adapter
     with caplog.at_level(logging.WARNING):
@@ -276,8 +388,9 @@ def test_lost_clients_are_named_and_left_out_of_the_mean(setup, caplog):
     assert sorted(client.client for client in result.lost) == sorted(lost)
     assert {client.reason for client in result.lost} == {"the network is down"}
     assert result.cohort_size == 7
-    for client in lost:
-        assert f"lost client {client}: the network is down" in caplog.text
+    for index in (1, 3):
+        names = ", ".join(map(str, blocks[index].client_ids))
+        assert f"lost {len(blocks[index].client_ids)} clients ({names}): the network is down" in caplog.text
     total, weight = dict.fromkeys(start, 0.0), 0
     for index in (0, 2):
         update = BlockTrainer(setup, CPU).train(blocks[index], Broadcast(1, 7, start))
@@ -312,14 +425,13 @@ def test_nobody_answering_is_never_enough(setup):
         run(other, 1, pool=LossyPool(other, {0, 1, 2, 3}))
 
 
-@pytest.mark.parametrize(("epochs", "phase"), [(3, "local training"), (1, "evaluation after local training")])
-def test_a_diverging_client_is_named_with_round_and_phase(setup, epochs, phase):
-    # With one epoch of one step the tensors are huge but finite: it shows when the client evaluates them.
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_diverging_client_is_named_with_round_and_phase(setup, epochs):
     wild = (NO_STEP, "training.learning_rate=1e30", "training.clip_norm=0", f"federation.local_epochs={epochs}")
     with pytest.raises(ClientError) as caught:
         run(reconfigured(setup, *wild))
     pattern = (
-        rf"client [0-6], round 1, phase {phase}: non-finite update \(loss (nan|inf)\); "
+        r"client [0-6], round 1, phase local training: non-finite update \(loss (nan|inf)\); "
         r"lower training\.learning_rate or set training\.clip_norm"
     )
     assert re.fullmatch(pattern, str(caught.value))
@@ -329,7 +441,7 @@ def test_a_bug_in_client_code_names_round_block_and_clients(setup):
     # Tensors of another shape than the data asks for make the client's own code raise.
     start = {name: t[:1] for name, t in make_server(setup).state.adapter.items()}
     with pytest.raises(ClientError, match=r"^local training failed in round 3, block 5, client\(s\) 2, 4: \w+Error: "):
-        BlockTrainer(setup, CPU).train(Block(5, (2, 4)), Broadcast(3, 7, start))
+        BlockTrainer(setup, CPU).train(Block(5, np.array([2, 4])), Broadcast(3, 7, start))
 
 
 def test_cohorts_change_from_round_to_round_and_are_ordered_by_work(setup):
@@ -354,21 +466,22 @@ def test_status_tells_phases_and_clients(setup):
 
 
 def test_aggregators_agree_with_the_configuration(setup):
-    for name in ("avg", "weighted", "none"):
+    for name in AGGREGATORS:
         server = make_server(reconfigured(setup, NO_STEP, f"feda2v.adapter_aggregation_mode={name}"))
         assert type(server.aggregator) is type(make_aggregator(name))
 
 
 def test_a_block_halved_because_memory_ran_out_gives_the_same_bits(setup, reference, caplog):
     pool = InProcessPool(setup, CPU)
-    train_clients = pool._trainer._train_clients
+    stacks = pool._trainer._stacks
+    train = stacks.train
 
-    def scarce(ids, block, broadcast):
-        if len(ids) > 1:
+    def scarce(data, broadcast, **how):
+        if len(data) > 1:
             raise torch.OutOfMemoryError("no memory for several clients")
-        return train_clients(ids, block, broadcast)
+        return train(data, broadcast, **how)
 
-    pool._trainer._train_clients = scarce
+    stacks.train = scarce
     with caplog.at_level(logging.WARNING, logger="fedsim"):
         halved, _ = run(setup, pool=pool)
     assert digest(halved.state.adapter) == reference[0]
@@ -381,6 +494,6 @@ def test_without_averaging_a_newcomer_starts_where_the_others_did():
     for step in ("true", "false"):
         setup = prepare(tiny_config(*sets, f"feda2v.global_model_train={step}", f"feda2v.use_generator={step}"))
         server, _ = run(setup)
-        personal.append({client: digest(own) for client, own in server.state.personal.items()})
+        personal.append(kept_of(server))
     assert len(personal[0]) > 2
     assert personal[0] == personal[1]

@@ -9,7 +9,14 @@ from worlds import tiny_config
 
 from fedsim.config import load_config
 from fedsim.errors import CheckpointError, ConfigError
-from fedsim.federation.run_directory import append_round, create_run_directory, keep_rounds, read_history, write_text
+from fedsim.federation.run_directory import (
+    append_round,
+    create_run_directory,
+    discard_unused,
+    keep_rounds,
+    read_history,
+    write_text,
+)
 from fedsim.types import LostClient, RoundResult
 
 
@@ -109,3 +116,14 @@ def test_files_are_replaced_whole(tmp_path):
     write_text(tmp_path / "x", "two")
     assert (tmp_path / "x").read_text() == "two"
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_only_a_run_that_left_nothing_to_go_on_from_is_discarded(tmp_path):
+    for left, discarded in (((), True), (("clients",), True), (("checkpoints",), False), (("clients", "notes"), False)):
+        run_dir = tmp_path / "-".join(("run", *left))
+        create_run_directory(run_dir, tiny_config())
+        for name in left:
+            (run_dir / name).mkdir()
+            (run_dir / name / "file").touch()
+        discard_unused(run_dir)
+        assert run_dir.exists() != discarded

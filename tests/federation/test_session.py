@@ -170,6 +170,9 @@ class Witness:
     def __init__(self, run_dir, *, dies_in: int) -> None:
         self.run_dir, self.dies_in, self.seen = run_dir, dies_in, []
 
+    def address(self) -> None:
+        pass
+
     def log_round(self, result) -> None:
         checkpoints = sorted(path.name for path in self.run_dir.glob("checkpoints/round-*"))
         self.seen.append(([record["round"] for record in read_history(self.run_dir)], checkpoints))
@@ -185,7 +188,7 @@ class Witness:
 
 def test_numbers_are_written_before_the_checkpoint_that_makes_them_final(setup, tmp_path):
     # Else a kill between the two would lose the round's numbers: a resume begins after the checkpoint.
-    files = RunFiles(tmp_path, None, None, checkpoint_every=1, last_round=4)
+    files = RunFiles(tmp_path, checkpoint_every=1, last_round=4)
     witness = Witness(tmp_path, dies_in=3)
     experiment = Experiment(make_server(setup), files, witness)
     with pytest.raises(KeyboardInterrupt):
@@ -201,7 +204,7 @@ def test_checkpoints_are_written_when_due_and_after_the_last_round(setup, tmp_pa
     for every, wanted in ((1, {1, 2, 3, 4}), (3, {3, 4}), (9, {4})):
         folder = tmp_path / str(every)
         folder.mkdir()
-        files = RunFiles(folder, None, None, checkpoint_every=every, last_round=4)
+        files = RunFiles(folder, checkpoint_every=every, last_round=4)
         experiment = Experiment(make_server(setup), files, NullTracker())
         assert [experiment.round().round_number for _ in range(4)] == [1, 2, 3, 4]
         assert {int(path.name[6:]) for path in (folder / "checkpoints").iterdir()} == wanted

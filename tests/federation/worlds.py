@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fedsim.config import Config, config_from_mapping
-from fedsim.data.partition import Partition
+from fedsim.data.partition import StoredPartition
 from fedsim.data.store import write_store
 from fedsim.federation.pool import ClientPool, InProcessPool, LostBlock
 from fedsim.federation.server import Server
@@ -69,7 +69,7 @@ def reconfigured(setup: Setup, *overrides: str) -> Setup:
 def only_client(setup: Setup, client: int) -> Setup:
     """The same federation with the recordings of one client, which becomes client 0."""
     rows = setup.partition.client(client)
-    return replace(setup, partition=Partition(np.array([0, len(rows)]), rows))
+    return replace(setup, partition=StoredPartition(np.array([0, len(rows)]), rows))
 
 
 def hand_made(
@@ -82,8 +82,7 @@ def hand_made(
         setup,
         store_path=store.path,
         labels=np.asarray(labels, dtype=np.int64),
-        partition=Partition(np.concatenate([[0], np.cumsum(counts)]), np.concatenate(clients).astype(np.int64)),
-        client_names=tuple(map(str, range(len(clients)))),
+        partition=StoredPartition(np.concatenate([[0], np.cumsum(counts)]), np.concatenate(clients).astype(np.int64)),
     )
 
 
@@ -96,6 +95,19 @@ def run(setup: Setup, rounds: int | None = None, **kwargs) -> tuple[Server, list
     server = make_server(setup, **kwargs)
     last = setup.config.federation.global_rounds if rounds is None else rounds
     return server, [server.run_round() for _ in range(server.state.round_number, last)]
+
+
+def block_of(*clients: int, own: np.ndarray | None = None) -> Block:
+    """Clients as the first block of a cohort."""
+    return Block(0, np.array(clients, dtype=np.int64), own)
+
+
+def kept_of(server: Server) -> dict[int, bytes]:
+    """What clients keep after the last round: client -> the bits of its tensors."""
+    assert server.clients is not None
+    clients = server.state.clients.ids
+    rows = server.clients.rows(clients, np.float32(np.nan))
+    return {client: row.tobytes() for client, row in zip(clients.tolist(), rows, strict=True)}
 
 
 def digest_after(setup: Setup, rounds: int | None = None, **kwargs) -> str:

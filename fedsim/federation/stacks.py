@@ -1,0 +1,220 @@
+"""Stacks: as many clients as the caches like, trained together; only their sum and their numbers outlive them.
+
+Legend: K clients of a stack, P numbers of an adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.algorithms.aggregation import make_aggregator
+from fedsim.algorithms.batches import ClientRows, training_batches
+from fedsim.algorithms.client_model import embed
+from fedsim.algorithms.evaluation import evaluate
+from fedsim.algorithms.local_training import Buffers, LocalTraining, shared_start, train_stack, weighted_deltas
+from fedsim.algorithms.optimizers import StackParams
+from fedsim.algorithms.statistics import LocalEvaluation, empty_stats, evaluate_stack
+from fedsim.config.schema import Config
+from fedsim.errors import ClientError
+from fedsim.federation.parts import Parts, adapter_part, rows_of
+from fedsim.federation.setup import Setup
+from fedsim.models.adapters.layers import is_linear_weight
+from fedsim.models.adapters.shared_weight import SharedWeight
+from fedsim.types import AdapterState, Broadcast, ClassStats, ClientMetrics, unflatten_state
+
+STACK_BYTES = {"cpu": 12 * 2**20, "cuda": 2**30}
+"""Weights, optimiser state and activations of a stack that keep the hardware busy, by device."""
+
+
+@dataclass(frozen=True)
+class TrainedStack:
+    """What is left of a stack: sum of weighted deltas [*shape], sum of weights, statistics, numbers, flat rows [K, P].
+
+    Either the sum is there or, where the aggregator needs all updates, the rows.
+    """
+
+    delta_sum: AdapterState | None
+    weight_sum: float
+    stats: ClassStats
+    metrics: ClientMetrics
+    updates: np.ndarray | None
+
+
+def local_training(config: Config) -> LocalTraining:
+    """How clients train, from the configuration."""
+    training = config.training
+    return LocalTraining(
+        optimizer=training.optimizer,
+        learning_rate=training.learning_rate,
+        batch_size=training.batch_size,
+        weight_decay=training.weight_decay,
+        momentum=training.momentum,
+        clip_norm=training.clip_norm,
+        local_epochs=config.federation.local_epochs,
+        precision=training.precision,
+    )
+
+
+def client_bytes(state: Mapping[str, Tensor], *, batch_rows: int, how: LocalTraining) -> int:
+    """Predicted memory of one client of a stack: activations, its own weights, gradients and optimiser state."""
+    activations = 2 * batch_rows * sum(sum(t.shape) for name, t in state.items() if is_linear_weight(name))
+    copies = 4 if how.optimizer == "AdamW" else 3 if how.momentum else 2
+    own = 0 if how.linear_steps else copies * sum(t.numel() for t in state.values())
+    return 4 * (activations + own)
+
+
+class StackTrainer:
+    """Trains stacks on one device; holds buffers, never client state.
+
+    Args:
+        setup: what the driver prepared.
+        parts: what computes.
+    """
+
+    def __init__(self, setup: Setup, parts: Parts) -> None:
+        self._setup, self._config, self._parts = setup, setup.config, parts
+        self._aggregator = make_aggregator(setup.config.feda2v.adapter_aggregation_mode)
+        self.how = local_training(setup.config)
+        self._buffers = Buffers()
+
+    def size(self, state: Mapping[str, Tensor]) -> int:
+        """Clients of a stack, a power of two: a function of model and configuration, not of the memory at hand."""
+        rows = self.how.batch_size * self._parts.adapter.input_shape[0]
+        fitting = STACK_BYTES[self._parts.device.type] // client_bytes(state, batch_rows=rows, how=self.how)
+        return self._parts.model.max_clients or 1 << (max(1, fitting).bit_length() - 1)
+
+    def train(self, data: ClientRows, broadcast: Broadcast, *, own: np.ndarray | None, most_steps: int) -> TrainedStack:
+        """Train the clients of one stack, and evaluate and collect statistics where that is asked for.
+
+        Args:
+            data: the recordings of K clients.
+            broadcast: what the round sends.
+            own: flat tensors [K, P] from which clients start, None for the broadcast's.
+            most_steps: see `train_stack`.
+
+        Raises:
+            ClientError: a loss or an update isn't finite.
+        """
+        params = self._start(own, broadcast, len(data))
+        wanted = broadcast.evaluate_clients
+        before = self._evaluate(params, data, with_stats=False) if wanted else None
+        losses = train_stack(
+            self._parts.model,
+            params,
+            training_batches(
+                data,
+                seed=broadcast.seed,
+                round_number=broadcast.round_number,
+                epochs=self.how.local_epochs,
+                batch_size=self.how.batch_size,
+            ),
+            objective=self._parts.objective,
+            how=self.how,
+            buffers=self._buffers,
+            most_steps=most_steps,
+        )
+        with_stats = self._config.feda2v.global_model_train
+        after = self._evaluate(params, data, with_stats=with_stats) if wanted or with_stats else None
+        held_out = self._held_out_accuracy(params, broadcast, len(data))
+        weights = self._aggregator.weight(data.counts)
+        updates = self._updates(params, broadcast) if self._aggregator.needs_updates else None
+        delta_sum = weighted_deltas(params, broadcast.adapter, weights) if updates is None else None
+        if not (np.isfinite(losses).all() and _finite(delta_sum, updates)):
+            self._blame(params, losses, data.client, broadcast.round_number)
+        return TrainedStack(
+            delta_sum=delta_sum,
+            weight_sum=float(weights.sum()),
+            stats=empty_stats(self._parts.adapter) if after is None or after.stats is None else after.stats,
+            metrics=_metrics(data, losses, before, after, held_out),
+            updates=updates,
+        )
+
+    def _start(self, own: np.ndarray | None, broadcast: Broadcast, clients: int) -> dict[str, Tensor | SharedWeight]:
+        if own is None:
+            return shared_start(broadcast.adapter, clients)
+        # Contiguous, not views of rows of P numbers: torch's fused AdamW takes that for granted.
+        apart = unflatten_state(torch.from_numpy(np.array(own)), broadcast.adapter)
+        return {name: tensor.contiguous() for name, tensor in apart.items()}
+
+    def _evaluate(self, params: StackParams, data: ClientRows, *, with_stats: bool) -> LocalEvaluation:
+        return evaluate_stack(
+            self._parts.model,
+            params,
+            data,
+            objective=self._parts.objective,
+            batch_size=self.how.batch_size,
+            stats_min_count=self._config.privacy.min_count if with_stats else None,
+            share_variances=self._config.privacy.share_variances,
+        )
+
+    def _updates(self, params: StackParams, broadcast: Broadcast) -> np.ndarray:
+        """Flat rows [K, P]: the trained tensors where clients are kept apart, else local - global."""
+        own = {name: p.dense() if isinstance(p, SharedWeight) else p for name, p in params.items()}
+        if not self._aggregator.keeps_clients_apart:
+            own = {name: p - broadcast.adapter[name] for name, p in own.items()}
+        return torch.cat([own[name].flatten(1).cpu() for name in sorted(own)], dim=1).numpy()
+
+    def _held_out_accuracy(self, params: StackParams, broadcast: Broadcast, clients: int) -> np.ndarray:
+        """Each client's own adapter on the held-out recordings [K]; NaN where it isn't asked for."""
+        if not broadcast.evaluate_personal:
+            return np.full(clients, np.nan)
+        parts, rows = self._parts, self._setup.test_rows
+        labels = torch.from_numpy(self._setup.labels[rows]).to(parts.device)
+        dense = {name: p.dense() if isinstance(p, SharedWeight) else p for name, p in params.items()}
+        scores = []
+        for k in range(clients):
+            own = {name: p[k] for name, p in dense.items()}
+            embeddings = embed(parts.model, own, *rows_of(parts, rows))
+            result = evaluate(parts.adapter, adapter_part(own), embeddings, labels, objective=parts.objective)
+            scores.append(result.metrics["top1"])
+        return np.array(scores)
+
+    def _blame(self, params: StackParams, losses: np.ndarray, clients: np.ndarray, round_number: int) -> None:
+        """Name the first client whose loss or tensors aren't finite."""
+        good = np.isfinite(losses)
+        for p in params.values():
+            dense = p.dense() if isinstance(p, SharedWeight) else p
+            good &= torch.isfinite(dense).flatten(1).all(1).cpu().numpy()
+        bad = int(np.argmin(good))
+        name = self._setup.client_name(int(clients[bad])) if not good[bad] else "unknown (the sum overflows)"
+        raise ClientError(
+            f"client {name}, round {round_number}, phase local training: non-finite update (loss {losses[bad]:.4g}); "
+            "lower training.learning_rate or set training.clip_norm"
+        )
+
+
+def _finite(delta_sum: AdapterState | None, updates: np.ndarray | None) -> bool:
+    if delta_sum is None:
+        return updates is None or bool(np.isfinite(updates).all())
+    return all(bool(torch.isfinite(tensor).all()) for tensor in delta_sum.values())
+
+
+def _metrics(
+    data: ClientRows,
+    losses: np.ndarray,
+    before: LocalEvaluation | None,
+    after: LocalEvaluation | None,
+    held_out: np.ndarray,
+) -> ClientMetrics:
+    unknown = np.full(len(data), np.nan)
+    return ClientMetrics(
+        client=data.client,
+        num_examples=data.counts,
+        train_loss=losses,
+        loss_before=unknown if before is None else before.loss,
+        loss_after=unknown if after is None else after.loss,
+        accuracy_before=unknown if before is None else before.accuracy,
+        accuracy_after=unknown if after is None else after.accuracy,
+        held_out_accuracy=held_out,
+    )
+
+
+def join_metrics(parts: Sequence[ClientMetrics]) -> ClientMetrics:
+    """Numbers of consecutive stacks, in their order."""
+    names = ClientMetrics.__dataclass_fields__
+    return ClientMetrics(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
