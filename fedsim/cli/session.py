@@ -12,12 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fedsim.config import Config, load_config
+from fedsim.config import Config, load_config, resolved_yaml
 from fedsim.errors import CheckpointError
 from fedsim.federation.checkpoint import ServerState, check_data, has_checkpoint, load_checkpoint
 from fedsim.federation.experiment import run_rounds
-from fedsim.federation.run_directory import create_run_directory, discard_unused, keep_rounds, read_result
+from fedsim.federation.run_directory import create_run_directory, discard_unused, keep_rounds, read_result, write_text
 from fedsim.federation.setup import Setup, prepare
+from fedsim.launch.auto import settle
 from fedsim.launch.session import ended_by_signals, open_experiment
 from fedsim.tracking.progress import ProgressDisplay
 
@@ -43,7 +44,7 @@ def run(config: Config, *, output: Path | str | None = None, console: Console | 
     run_dir = Path(output or Path(config.experiment.output_dir) / f"{config.experiment.name}-{stamp}").absolute()
     create_run_directory(run_dir, config)
     try:
-        return _run(prepare_with_bar(config, console), run_dir, None, None, console)
+        return _run(_prepare(config, run_dir, console), run_dir, None, None, console)
     except BaseException:
         discard_unused(run_dir)
         raise
@@ -70,18 +71,26 @@ def resume(run_dir: Path | str, *, address: str | None = None, console: Console 
     console = console or Console(quiet=True)
     if not has_checkpoint(run_dir):
         log.warning("%s holds no checkpoint: the run starts again at round 1", run_dir)
-        setup = prepare_with_bar(config, console)
+        setup = _prepare(config, run_dir, console)
         keep_rounds(run_dir, up_to=0)
         return _run(setup, run_dir, None, None, console)
     state, mlflow_run_id = load_checkpoint(run_dir, config)
     if state.round_number >= config.federation.global_rounds and (finished := read_result(run_dir)):
         log.info("%s is finished: %d rounds", run_dir, state.round_number)
         return finished
-    setup = prepare_with_bar(config, console)
+    setup = _prepare(config, run_dir, console)
     check_data(run_dir, setup.data_fingerprint)
     log.info("going on after round %d", state.round_number)
     keep_rounds(run_dir, up_to=state.round_number)
     return _run(setup, run_dir, state, mlflow_run_id, console)
+
+
+def _prepare(config: Config, run_dir: Path, console: Console) -> Setup:
+    """The setup with settled resources, which are written into the run's configuration."""
+    setup = settle(prepare_with_bar(config, console))
+    if setup.config != config:
+        write_text(run_dir / "config.yaml", resolved_yaml(setup.config))
+    return setup
 
 
 def prepare_with_bar(config: Config, console: Console) -> Setup:

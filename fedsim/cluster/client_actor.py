@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
+import ray
 import torch
 
 from fedsim.cluster.wire import pack_update, unpack_block, unpack_broadcast
 from fedsim.federation.blocks import BlockTrainer
 from fedsim.federation.parts import choose_device
 from fedsim.federation.setup import Setup
+from fedsim.types import Broadcast
 
 
 class ClientActor:
     """Trains whole blocks; holds data and buffers, never a client's state.
+
+    Needs `max_concurrency=2`: while a block trains, the next call prepares its rows and waits.
 
     Args:
         setup: what the driver prepared (Ray resolves the reference).
@@ -23,11 +29,39 @@ class ClientActor:
     def __init__(self, setup: Setup, gpus: float) -> None:
         torch.set_num_threads(1)
         self._trainer = BlockTrainer(setup, choose_device(gpus))
+        self._preparing, self._training = Lock(), Lock()
+        self._unpacked: tuple[str, Broadcast] | None = None
 
     def ready(self) -> bool:
         """Answer once the constructor is through."""
         return True
 
-    def train(self, block: Any, broadcast: Any) -> dict[str, Any]:
-        """One block: packed in, packed out."""
-        return pack_update(self._trainer.train(unpack_block(block), unpack_broadcast(broadcast)))
+    def train(self, block: Any, message: Sequence[Any]) -> dict[str, Any]:
+        """One block: packed in, packed out.
+
+        Args:
+            block: from `pack_block`.
+            message: the round's broadcast as the one reference in a list, which Ray doesn't fetch by itself.
+        """
+        block = unpack_block(block)
+        # Hand over hand: a call keeps the first lock until it holds the second, so blocks train in the order sent.
+        self._preparing.acquire()
+        try:
+            broadcast = self._broadcast(message[0])
+            prepared = self._trainer.prepare(block, broadcast)
+            self._training.acquire()
+        finally:
+            self._preparing.release()
+        try:
+            # Packed before the next block trains, in whose buffers the update may lie.
+            return pack_update(self._trainer.train(block, broadcast, prepared))
+        finally:
+            self._training.release()
+
+    def _broadcast(self, reference: Any) -> Broadcast:
+        """The unpacked broadcast, once per round; its name is kept, not the reference, which would keep the object."""
+        name = reference.hex()
+        if self._unpacked is None or self._unpacked[0] != name:
+            self._unpacked = None
+            self._unpacked = (name, unpack_broadcast(ray.get(reference)))
+        return self._unpacked[1]

@@ -120,7 +120,7 @@ def demand_of(setup: Setup) -> Demand:
     """What the configuration asks of Ray."""
     resources = setup.config.resources
     return Demand(
-        client_actors=resources.client_actors,
+        client_actors=resources.num_actors,
         client_cpus=resources.client_cpus,
         client_gpus=resources.client_gpus,
         server_cpus=resources.server_cpus,

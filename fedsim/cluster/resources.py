@@ -131,6 +131,11 @@ def check_fits(demand: Demand) -> None:
         )
 
 
+def cluster_resources() -> Mapping[str, float]:
+    """All CPUs and GPUs of the Ray that is connected, by name, free or not."""
+    return {name: float(ray.cluster_resources().get(name, 0.0)) for name in ("CPU", "GPU")}
+
+
 def _free(node: Mapping[str, object]) -> dict[str, float]:
     available = ray._private.state.available_resources_per_node().get(node["NodeID"], {})
     return {"CPU": float(available.get("CPU", 0.0)), "GPU": float(available.get("GPU", 0.0))}

@@ -17,6 +17,7 @@ from fedsim.federation.parts import choose_device
 from fedsim.federation.server import Server
 from fedsim.federation.setup import Setup
 from fedsim.federation.tracker import Tracker
+from fedsim.tracking.background import BackgroundTracker
 from fedsim.types import RoundResult
 
 
@@ -46,13 +47,14 @@ class ServerActor:
         resources = setup.config.resources
         pool = RayPool(
             setup,
-            num_actors=resources.client_actors,
+            num_actors=resources.num_actors,
             cpus=resources.client_cpus,
             gpus=resources.client_gpus,
             max_attempts=resources.max_attempts,
         )
-        server = Server(setup, pool, device=choose_device(gpus), state=state, status=self._set_status)
-        return Experiment(server, files, tracker)
+        device = choose_device(gpus)
+        server = Server(setup, pool, device=device, state=state, status=self._set_status, run_dir=files.run_dir)
+        return Experiment(server, files, BackgroundTracker(lambda: tracker))
 
     def _set_status(self, status: Mapping[str, Any]) -> None:
         self._status = dict(status)

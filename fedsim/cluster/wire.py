@@ -1,12 +1,16 @@
 """numpy on the wire, torch inside: records as Ray carries them.
 
 A state of tensors travels as one flat float32 vector with its names and shapes: Ray maps one array without copying,
-while tensors or dozens of small arrays are pickled. Arrays that come out of Ray are shared memory and read-only, so
-tensors are made from a copy; writing into a tensor that aliased them would change the object for every actor.
+while tensors or dozens of small arrays are pickled. Arrays that come out of Ray are shared memory and read-only. What
+a client trains from is therefore copied, once a round. What the server only reads, it reads where it lies: it adds a
+block's sum into sums of its own, and copies what it keeps.
+
+Legend for shapes: K clients of a block, P numbers of an adapter.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,12 +54,24 @@ def pack_state(state: Mapping[str, Tensor]) -> PackedState:
 
 def unpack_state(packed: PackedState) -> AdapterState:
     """One vector to tensors that own their memory."""
-    flat = torch.from_numpy(np.array(packed.vector))
+    return _split(packed, torch.from_numpy(np.array(packed.vector)))
+
+
+def _split(packed: PackedState, flat: Tensor) -> AdapterState:
     sizes = [int(np.prod(shape)) for shape in packed.shapes]
     return {
         name: part.view(shape)
         for name, shape, part in zip(packed.names, packed.shapes, torch.split(flat, sizes), strict=True)
     }
+
+
+def _borrowed(array: np.ndarray) -> Tensor:
+    """A tensor over an array's own memory, which may be read-only: for reading."""
+    if array.flags.writeable:
+        return torch.from_numpy(array)
+    with warnings.catch_warnings():  # torch has no read-only tensors, and says so
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writ", category=UserWarning)
+        return torch.from_numpy(array)
 
 
 def pack_broadcast(broadcast: Broadcast) -> tuple[Broadcast, PackedState]:
@@ -68,14 +84,14 @@ def unpack_broadcast(message: tuple[Broadcast, PackedState]) -> Broadcast:
     return replace(message[0], adapter=unpack_state(message[1]))
 
 
-def pack_block(block: Block) -> tuple[Block, dict[int, PackedState]]:
-    """A block and the personal tensors of its clients."""
-    return replace(block, personal={}), {client: pack_state(own) for client, own in block.personal.items()}
+def pack_block(block: Block) -> tuple[int, np.ndarray, np.ndarray | None]:
+    """A block as its index, client ids [K] and rows [K, P]."""
+    return block.index, block.client_ids, block.own
 
 
-def unpack_block(message: tuple[Block, Mapping[int, PackedState]]) -> Block:
-    """The block with its own copies."""
-    return replace(message[0], personal={client: unpack_state(own) for client, own in message[1].items()})
+def unpack_block(message: tuple[int, np.ndarray, np.ndarray | None]) -> Block:
+    """The block; its arrays are for reading."""
+    return Block(*message)
 
 
 def pack_update(update: BlockUpdate) -> dict[str, Any]:
@@ -91,32 +107,31 @@ def pack_update(update: BlockUpdate) -> dict[str, Any]:
         "audio_mean": stats.audio_mean.numpy(),
         "audio_var": None if stats.audio_var is None else stats.audio_var.numpy(),
         "output_mean": {head: mean.numpy() for head, mean in stats.output_mean.items()},
+        "threshold": stats.threshold,
         "metrics": update.metrics,
-        "personal": {client: pack_state(own) for client, own in update.personal.items()},
+        "updates": update.updates,
         "seconds": update.seconds,
     }
 
 
 def unpack_update(message: Mapping[str, Any]) -> BlockUpdate:
-    """The update with its own copies, so that the object store can drop the message."""
-
-    def tensor(array: np.ndarray | None) -> Tensor | None:
-        return None if array is None else torch.from_numpy(np.array(array))
-
+    """The update over the message's own memory: for reading, and the object store drops it with the update."""
+    packed, variance = message["delta_sum"], message["audio_var"]
     stats = ClassStats(
-        client=np.array(message["client"]),
-        label=np.array(message["label"]),
-        count=np.array(message["count"]),
-        audio_mean=torch.from_numpy(np.array(message["audio_mean"])),
-        audio_var=tensor(message["audio_var"]),
-        output_mean={head: torch.from_numpy(np.array(mean)) for head, mean in message["output_mean"].items()},
+        client=message["client"],
+        label=message["label"],
+        count=message["count"],
+        audio_mean=_borrowed(message["audio_mean"]),
+        audio_var=None if variance is None else _borrowed(variance),
+        output_mean={head: _borrowed(mean) for head, mean in message["output_mean"].items()},
+        threshold=message["threshold"],
     )
     return BlockUpdate(
         index=message["index"],
-        delta_sum=None if message["delta_sum"] is None else unpack_state(message["delta_sum"]),
+        delta_sum=None if packed is None else _split(packed, _borrowed(packed.vector)),
         weight_sum=message["weight_sum"],
         stats=stats,
         metrics=message["metrics"],
-        personal={client: unpack_state(own) for client, own in message["personal"].items()},
+        updates=message["updates"],
         seconds=message["seconds"],
     )

@@ -122,10 +122,10 @@ def _walk(model: type[Section], prefix: str) -> Iterator[Key]:
             yield from _walk(below, name + ".")
             continue
         shape = properties[field_name]
-        branch = next((part for part in shape.get("anyOf", [shape]) if part.get("type") != "null"), shape)
+        branch, *others = sorted(shape.get("anyOf", [shape]), key=lambda part: part.get("type") == "null")
         yield Key(
             name=name,
-            kind=_kind(branch) + (" or nothing" if "anyOf" in shape else ""),
+            kind=" or ".join([_kind(branch), *(part.get("const", "nothing") for part in others)]),
             default=field.get_default(call_default_factory=True),
             help=field.description or "",
             unit=shape.get("unit"),

@@ -8,8 +8,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 from pydantic.config import JsonDict
+
+from fedsim.errors import ConfigError
 
 
 def key(default: Any, text: str, unit: str | None = None, **limits: Any) -> Any:
@@ -64,14 +74,19 @@ class Data(Section):
 class Federation(Section):
     """Clients, rounds, and who holds which recording."""
 
-    num_clients: int = key(10, "clients in the population", "clients", ge=1)
+    num_clients: int = key(10, "clients in the population", "clients", ge=1, le=2**32 - 1)
     cohort_size: int | None = key(None, "clients sampled in a round (default: all)", "clients", ge=1)
     global_rounds: int = key(10, "rounds", "rounds", ge=1)
     local_epochs: int = key(1, "passes over a client's recordings in a round", "epochs", ge=1)
-    partition: Literal["iid", "dirichlet", "shards", "classes_per_client", "by_column"] = key(
-        "dirichlet", "how training recordings are dealt to clients (explicit `nodes` beat it)"
+    partition: Literal["iid", "dirichlet", "shards", "classes_per_client", "by_column", "drawn"] = key(
+        "dirichlet",
+        "how training recordings are dealt to clients (explicit `nodes` beat it); drawn: every client draws its own, "
+        "for any number of clients, and only there are recordings shared between clients",
     )
-    alpha: float = key(0.5, "dirichlet: concentration; small means few classes per client", gt=0)
+    alpha: float = key(0.5, "dirichlet, drawn: concentration; small means few classes per client", gt=0)
+    examples_per_client: int = key(
+        40, "drawn: training recordings that each client draws, with replacement", "recordings", ge=1, le=100_000
+    )
     shards_per_client: int = key(2, "shards: label-sorted shards per client", "shards", ge=1)
     classes_per_client: int = key(1, "classes_per_client: classes each client holds", "classes", ge=1)
     column: str | None = key(None, "by_column: manifest column that names the client (speaker, author)")
@@ -129,6 +144,7 @@ class AdapterPreset(Section):
     hidden: list[Annotated[int, Field(ge=1, le=65_536)]] = key([1024], "widths of the token MLP's hidden layers")
     width: int = key(768, "slim: width of the attention pooling before the last linear map", ge=1, le=65_536)
     num_heads: int = key(8, "map, slim: attention heads", "heads", ge=1)
+    norm: bool = key(True, "LayerNorm before the token MLP")
 
 
 class Model(Section):
@@ -160,8 +176,12 @@ class Training(Section):
     weight_decay: float = key(1e-4, "AdamW: decoupled, SGD: added to the gradient", ge=0)
     momentum: float = key(0.0, "SGD: momentum", ge=0, lt=1)
     clip_norm: float = key(1.0, "gradients are clipped to this norm per client (0: never)", ge=0)
+    cosine_weight: float = key(0.0, "weight of 1 - cosine to the class's own target", ge=0)
     contrastive_weight: float = key(0.0, "weight of the contrastive term (cosine to all class targets)", ge=0)
     contrastive_temperature: float = key(0.07, "temperature of the contrastive term", gt=0)
+    precision: Literal["float32", "bfloat16"] = key(
+        "float32", "of the matrix products in local training; bfloat16 by autocast, weights and sums stay float32"
+    )
 
     @field_validator("optimizer", mode="before")
     @classmethod
@@ -173,8 +193,16 @@ class Training(Section):
 class FedA2V(Section):
     """Aggregation, generator and refinement: the server's part."""
 
-    adapter_aggregation_mode: Literal["none", "avg", "weighted"] = key(
-        "none", "clients keep their own adapters; mean; or mean weighted by recordings"
+    adapter_aggregation_mode: Literal["none", "avg", "weighted", "median", "trimmed_mean", "krum"] = key(
+        "none",
+        "clients keep their own adapters; mean; mean weighted by recordings; or one that withstands wrong updates: "
+        "coordinate-wise median, trimmed mean, Krum",
+    )
+    trim_share: float = key(
+        0.1, "trimmed_mean: share of the clients left out at each end of every coordinate", ge=0, lt=0.5
+    )
+    byzantine_clients: int = key(
+        0, "krum: clients of a cohort that may send anything; it needs 2 x that + 3 answers", "clients", ge=0
     )
     use_generator: bool = key(False, "build and train the generator, and refine with its samples")
     generator_type: Literal["replay", "gaussian", "cof", "vae", "gan"] = key("vae", "kind of generator")
@@ -197,6 +225,13 @@ class FedA2V(Section):
     generator_latent_dim: int = key(256, "vae, gan: width of the latent vector", ge=1, le=65_536)
     generator_buffer_size: int = key(
         4096, "class statistics of earlier rounds kept for the generator", "(client, class) rows", ge=0
+    )
+    statistics_rows: int = key(
+        4096,
+        "class statistics of a round that travel from a block and enter the server step; beyond, a sample by count",
+        "(client, class) rows",
+        ge=1,
+        le=1_000_000,
     )
     beta_warmup: float = key(
         0.5, "vae: share of the whole run over which beta rises to 1", "share of all epochs", gt=0, le=1
@@ -229,24 +264,59 @@ class Privacy(Section):
 class Resources(Section):
     """Ray actors and what each may use."""
 
-    client_actors: int = key(2, "client actors; 0 runs the same code in this process, without Ray", "actors", ge=0)
+    client_actors: Annotated[int, Field(ge=0)] | Literal["auto"] = key(
+        2,
+        "client actors; 0 runs the same code in this process, without Ray; auto measures a block and chooses",
+        "actors",
+    )
     client_cpus: float = key(1.0, "CPUs of a client actor", "CPUs", ge=0)
     client_gpus: float = key(0.0, "GPUs of a client actor; a fraction shares one", "GPUs", ge=0)
     server_cpus: float = key(0.0, "CPUs of the server actor (it waits while clients train)", "CPUs", ge=0)
     server_gpus: float = key(0.0, "GPUs of the server actor", "GPUs", ge=0)
-    block_size: int = key(
-        8, "clients trained at once, a power of two; it fixes the order of summation", "clients", ge=1
+    block_size: Annotated[int, Field(ge=1)] | Literal["auto"] = key(
+        "auto",
+        "clients handed to an actor at once, a power of two; it fixes the order of summation; auto chooses by cohort, "
+        "model and predicted memory",
+        "clients",
     )
     max_attempts: int = key(3, "times a block is tried when its actor dies", "attempts", ge=1)
     address: str | None = key(None, "Ray cluster to join (default: a private Ray on this machine)")
     num_cpus: int | None = key(None, "CPUs the private Ray is told of (default: what it finds)", "CPUs", ge=1)
     num_gpus: int | None = key(None, "GPUs the private Ray is told of (default: what it finds)", "GPUs", ge=0)
 
+    @property
+    def num_actors(self) -> int:
+        """`client_actors` as a number.
+
+        Raises:
+            ConfigError: it is still auto.
+        """
+        return _settled("client_actors", self.client_actors)
+
+    @property
+    def clients_per_block(self) -> int:
+        """`block_size` as a number.
+
+        Raises:
+            ConfigError: it is still auto.
+        """
+        return _settled("block_size", self.block_size)
+
+    @field_validator("client_actors", "block_size", mode="wrap")
+    @classmethod
+    def _number_or_auto(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        # One phrase instead of one per type.
+        try:
+            return check(value)
+        except ValidationError:
+            least = 0 if info.field_name == "client_actors" else 1
+            raise ValueError(f"expected a whole number, at least {least}, or auto") from None
+
     @field_validator("block_size")
     @classmethod
-    def _power_of_two(cls, value: int) -> int:
-        if value & (value - 1):
-            raise ValueError("must be a power of two (1, 2, 4, 8, ...)")
+    def _power_of_two(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value & (value - 1):
+            raise ValueError("must be a power of two (1, 2, 4, 8, ...), or auto")
         return value
 
     @field_validator("client_gpus", "server_gpus")
@@ -255,6 +325,12 @@ class Resources(Section):
         if value > 1 and value != int(value):
             raise ValueError("must be a fraction of one GPU or a whole number of GPUs")
         return value
+
+
+def _settled(name: str, value: int | str) -> int:
+    if isinstance(value, str):
+        raise ConfigError(f"resources.{name} is {value}: a run settles it before it starts; here it must be a number")
+    return value
 
 
 class Tracking(Section):

@@ -14,6 +14,11 @@ from fedsim.tracking.store import RunHandle, create_run, default_uri
 Kind = Literal["run", "search", "trial"]
 
 
+def store_of(setup: Setup, run_dir: Path, parent: RunHandle | None = None) -> str:
+    """The tracking store of a run: its search's, else that of the configuration; a default one lies beside it."""
+    return parent.uri if parent else default_uri(run_dir.parent, setup.config.tracking.uri)
+
+
 def open_record(
     setup: Setup, run_dir: Path, *, kind: Kind, run_id: str | None = None, parent: RunHandle | None = None
 ) -> RunHandle | None:
@@ -45,7 +50,7 @@ def open_record(
         **{f"fedsim.used.{part}": what for part, what in setup.used.items()},
     }
     return create_run(
-        parent.uri if parent else default_uri(run_dir.parent, config.tracking.uri),
+        store_of(setup, run_dir, parent),
         experiment=config.tracking.experiment or config.experiment.name,
         run_name={"run": "", "search": "search-", "trial": f"{run_dir.name}-"}[kind] + _name(config),
         params=flatten(config),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from fedsim.federation.pool import InProcessPool
 from fedsim.federation.server import Server
 from fedsim.federation.setup import Setup
 from fedsim.federation.tracker import Tracker
-from fedsim.launch.record import open_record
+from fedsim.launch.record import open_record, store_of
+from fedsim.tracking.background import BackgroundTracker
 from fedsim.tracking.mlflow_tracker import MlflowTracker
 from fedsim.tracking.null_tracker import NullTracker
-from fedsim.tracking.store import RunHandle
+from fedsim.tracking.store import RunHandle, check_store, warm_up
 
 
 class StoppedEarly(Exception):
@@ -43,10 +45,11 @@ def open_experiment(
 ) -> Iterator[ExperimentHandle]:
     """An experiment in this process (`resources.client_actors: 0`) or in a server actor; closed in any case.
 
-    A Ray that is already connected (a Tune trial, a job) is used, else one is started for the experiment.
+    A Ray that is already connected (a Tune trial, a job) is used, else one is started for the experiment. MLflow, which
+    takes seconds to load and to make a store, opens while Ray starts or, in this process, while the first round trains.
 
     Args:
-        setup: what `prepare` made.
+        setup: what `prepare` made, with settled resources.
         run_dir: the run directory; its folder is where a default MLflow store lies.
         status: told of phase and clients while a round runs.
         state: where to go on from.
@@ -57,13 +60,22 @@ def open_experiment(
         ConfigError: the MLflow store can't be used.
         ResourceError: the actors don't fit, or no Ray answers.
     """
-    config = setup.config
-    if config.resources.client_actors == 0:
-        tracker, files = _record(setup, run_dir, mlflow_run_id, parent)
-        device = choose_device(max(config.resources.server_gpus, config.resources.client_gpus))
+    config, resources = setup.config, setup.config.resources
+    files = RunFiles(
+        run_dir=run_dir,
+        checkpoint_every=config.experiment.checkpoint_every,
+        last_round=config.federation.global_rounds,
+    )
+    record = partial(_record, setup, run_dir, mlflow_run_id, parent)
+    if config.tracking.enabled:
+        check_store(store_of(setup, run_dir, parent))
+    if resources.num_actors == 0:
+        tracker = BackgroundTracker(record)
+        device = choose_device(max(resources.server_gpus, resources.client_gpus))
 
         def in_process() -> ExperimentHandle:
-            server = Server(setup, InProcessPool(setup, device), device=device, state=state, status=status)
+            pool = InProcessPool(setup, device)
+            server = Server(setup, pool, device=device, state=state, status=status, run_dir=run_dir)
             return Experiment(server, files, tracker)
 
         with one_thread(), _closing(in_process, tracker) as experiment:
@@ -72,16 +84,17 @@ def open_experiment(
     from fedsim.cluster.handle import RemoteExperiment, demand_of, stop_ray
     from fedsim.cluster.resources import check_fits, start_ray
 
-    resources = config.resources
+    if config.tracking.enabled:
+        Thread(target=warm_up, args=(store_of(setup, run_dir, parent),)).start()
     started = start_ray(address=resources.address, num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
     try:
         # Ray put a handler of its own in place, which ends the process without a word to MLflow.
         with ended_by_signals() if started else nullcontext():
             if started:
                 check_fits(demand_of(setup))
-            tracker, files = _record(setup, run_dir, mlflow_run_id, parent)
-            remote = partial(RemoteExperiment, setup, files, tracker, state=state, status=status)
-            with _closing(remote, tracker) as experiment:
+            recorded = record()
+            remote = partial(RemoteExperiment, setup, files, recorded, state=state, status=status)
+            with _closing(remote, recorded) as experiment:
                 yield experiment
     finally:
         if started:
@@ -120,19 +133,10 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _record(
-    setup: Setup, run_dir: Path, mlflow_run_id: str | None, parent: RunHandle | None
-) -> tuple[Tracker, RunFiles]:
-    """The tracker of a run, and its files."""
+def _record(setup: Setup, run_dir: Path, mlflow_run_id: str | None, parent: RunHandle | None) -> Tracker:
+    """The tracker of a run, opened."""
     handle = open_record(setup, run_dir, kind="trial" if parent else "run", run_id=mlflow_run_id, parent=parent)
-    files = RunFiles(
-        run_dir=run_dir,
-        mlflow_run_id=handle.run_id if handle else None,
-        mlflow_uri=handle.uri if handle else None,
-        checkpoint_every=setup.config.experiment.checkpoint_every,
-        last_round=setup.config.federation.global_rounds,
-    )
-    return MlflowTracker(handle) if handle else NullTracker(), files
+    return MlflowTracker(handle) if handle else NullTracker()
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from fedsim.errors import ConfigError, FedsimError
 from fedsim.federation.run_directory import write_text
 from fedsim.federation.setup import Setup
 from fedsim.federation.setup import prepare as prepare_quietly
+from fedsim.launch.auto import settle
 from fedsim.launch.session import ended_by_signals
 from fedsim.search.display import SearchDisplay
 from fedsim.search.parent import ParentRun
@@ -74,8 +75,14 @@ def run_search(
     search_dir = (output or Path(config.experiment.output_dir) / name).absolute()
     _create_search_directory(search_dir, config)
     with ParentRun() as run, _ray(config), ended_by_signals():
-        _check_fits(config)
-        plan = TrialPlan(config, prepare(config), search_dir / "trials", None)
+        if config.resources.client_actors != "auto":
+            _check_fits(config)  # before anything takes long
+        setup = settle(prepare(config), concurrent=min(config.search.max_concurrent, config.search.num_trials))
+        if setup.config != config:
+            config = setup.config
+            write_text(search_dir / "config.yaml", resolved_yaml(config))
+            _check_fits(config)
+        plan = TrialPlan(config, setup, search_dir / "trials", None)
         run.start(plan.setup, search_dir)
         record = _fit(replace(plan, parent=run.handle), search_dir, console)
         run.conclude(record)
@@ -113,9 +120,9 @@ def _ray(config: Config) -> Iterator[None]:
 def trial_demand(config: Config) -> Demand:
     """What one trial asks of Ray; without client actors its own process does the work of all."""
     resources = config.resources
-    alone = resources.client_actors == 0
+    alone = resources.num_actors == 0
     return Demand(
-        client_actors=resources.client_actors,
+        client_actors=resources.num_actors,
         client_cpus=resources.client_cpus,
         client_gpus=resources.client_gpus,
         server_cpus=max(resources.server_cpus, resources.client_cpus) if alone else resources.server_cpus,
@@ -129,7 +136,7 @@ def trial_bundles(config: Config) -> list[dict[str, float]]:
     The trial's process only passes numbers on, so it takes nothing, unless it works alone or nobody takes anything.
     """
     bundles = [bundle for bundle in trial_demand(config).bundles() if any(bundle.values())]
-    if config.resources.client_actors == 0 or not bundles:
+    if config.resources.num_actors == 0 or not bundles:
         return bundles or [{"CPU": 0.001}]
     return [{}, *bundles]
 

@@ -70,6 +70,10 @@ class MlflowTracker:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_client": None, "_retry_at": 0.0}  # a clock of another machine means nothing here
 
+    def address(self) -> tuple[str, str]:
+        """Id of the MLflow run, and the tracking store."""
+        return self.handle.run_id, self.handle.uri
+
     def log_round(self, result: RoundResult) -> None:
         """Log one round; rounds that the run already has (repeated after a resume) are skipped."""
         self._pending.append((result.round_number, int(time.time() * 1000), round_metrics(result)))

@@ -14,6 +14,9 @@ log = logging.getLogger(__name__)
 class NullTracker:
     """Records nothing (a `Tracker`); plots are still drawn into the run directory."""
 
+    def address(self) -> None:
+        """None: there is no record."""
+
     def log_round(self, result: RoundResult) -> None:
         """Do nothing: metrics.jsonl holds the round."""
 

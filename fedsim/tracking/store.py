@@ -10,12 +10,15 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import SplitResult, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from fedsim.errors import ConfigError
 
@@ -26,6 +29,7 @@ METRICS_PER_BATCH = 1000
 KEY_LENGTH = 250
 PARAM_LENGTH = 6000
 TAG_LENGTH = 8000
+SQLITE_MAGIC = b"SQLite format 3\0"
 
 # MLflow's own patience (7 retries, 120 s each) would hold a round for minutes when a server is away.
 CALL_SETTINGS = {
@@ -85,6 +89,48 @@ def default_uri(output_dir: Path, uri: str | None) -> str:
     return chosen
 
 
+def check_store(uri: str) -> None:
+    """What can be told of a store without MLflow, which takes seconds to load.
+
+    Raises:
+        ConfigError: a SQLite file that can't be written or is none, or a server of which no port answers.
+    """
+    path = _sqlite_path(uri)
+    try:
+        if path is not None:
+            _check_file(path)
+        elif uri.startswith(("http://", "https://")):
+            _check_answers(urlsplit(uri))
+    except (OSError, ValueError) as error:
+        raise _unusable(uri, error) from error
+
+
+def _check_file(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(f"{path.parent} can't be written")
+        return
+    with path.open("rb+") as stream:
+        start = stream.read(len(SQLITE_MAGIC))
+    if start and start != SQLITE_MAGIC:
+        raise ValueError(f"{path} is no SQLite database")
+
+
+def _check_answers(server: SplitResult) -> None:
+    host = server.hostname or ""
+    if server.scheme in getproxies() and not proxy_bypass(host):
+        return  # only the proxy knows
+    port = server.port or (443 if server.scheme == "https" else 80)
+    socket.create_connection((host, port), timeout=10).close()
+
+
+def warm_up(uri: str) -> None:
+    """Load MLflow and bring the store up to date, which takes seconds; what is wrong `create_run` will say."""
+    with suppress(Exception), _first_opening(uri), patience():
+        open_client(uri)
+
+
 def create_run(
     uri: str,
     *,
@@ -129,11 +175,15 @@ def create_run(
     except ConfigError:
         raise
     except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' errors here
-        raise ConfigError(
-            f"the MLflow store {uri} can't be used: {one_line(error)}; check tracking.uri and that its server runs, "
-            "or set tracking.enabled=false (metrics.jsonl is written either way)"
-        ) from error
+        raise _unusable(uri, error) from error
     return RunHandle(uri, experiment_id, run_id)
+
+
+def _unusable(uri: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"the MLflow store {uri} can't be used: {one_line(error)}; check tracking.uri and that its server runs, "
+        "or set tracking.enabled=false (metrics.jsonl is written either way)"
+    )
 
 
 def open_client(uri: str) -> Any:
