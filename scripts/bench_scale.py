@@ -4,8 +4,9 @@
     python scripts/bench_scale.py --cases growth rounds                 # some of the cases below
     python scripts/bench_scale.py --quick                               # does everything work? tiny sizes, a minute
 
-throughput     clients/s of the median round after the first (a million clients: of the first), in-process and over two
-               actors; share of the float32 matrix-product peak that one thread, alone, reaches just before and after
+throughput     clients/s of the median round after the first (a million clients: of the first), by one thread, by two,
+               and by two actors; share of the float32 matrix-product peak: that of one thread just before and
+               after, times the threads or actors
 million        a million distinct clients in one round over two actors
 population     a cohort out of 15 million clients, from the start of the process
 growth         peak memory with a large cohort against a small one
@@ -38,7 +39,7 @@ from typing import Any
 
 from bench_peers import commit, machine
 from scale_measures import MEASURES
-from scale_table import Finding, Row, table
+from scale_table import Finding, Row, table, trained_by
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TERM": "xterm"}
 UNWANTED = ("NO_COLOR", "CI", "MLFLOW_TRACKING_URI", "RAY_ADDRESS")  # they change what is measured
@@ -66,8 +67,8 @@ class Sizes:
     overhead: tuple[int, int] = (1000, 4)  # cohort, repeats
     starts: int = 3
     digest: tuple[tuple[str, int], ...] = (("W-small", 256), ("W", 256), ("W-adamw", 256))
-    digest_actors: tuple[int, ...] = (0, 1, 2, 3, 5, 8)
-    actors: tuple[int, ...] = (0, 2)
+    digest_ways: tuple[tuple[int, int], ...] = (*((0, n) for n in (1, 2, 3)), *((n, 1) for n in (1, 2, 3, 5, 8)))
+    ways: tuple[tuple[int, int], ...] = ((0, 1), (0, 2), (2, 1))  # actors (0: none), threads of each process
     seconds: float = 5.0  # that a measurement goes on
 
 
@@ -81,8 +82,8 @@ QUICK = Sizes(
     overhead=(10, 1),
     starts=1,
     digest=(("W-small", 32),),
-    digest_actors=(0, 2),
-    actors=(0,),
+    digest_ways=((0, 1), (0, 2), (2, 1)),
+    ways=((0, 2),),
     seconds=0.1,
 )
 
@@ -108,12 +109,12 @@ def alone(measure: str, **how: Any) -> dict[str, Any]:
 
 def throughput(sizes: Sizes) -> Iterator[Row]:
     """Every work and cohort, with each number of actors."""
-    for (work, cohorts), actors in product(sizes.throughput, sizes.actors):
+    for (work, cohorts), (actors, threads) in product(sizes.throughput, sizes.ways):
         if work == "W-real" and not os.environ.get("FEDSIM_DATA"):
             print("W-real: skipped, FEDSIM_DATA names no folder with esc10", file=sys.stderr)
             continue
         for cohort in cohorts:
-            on = {"work": work, "cohort": cohort, "actors": actors}
+            on = {"work": work, "cohort": cohort, "actors": actors, "threads": threads}
             try:
                 figures = alone("timed_rounds", **on, seconds=0 if cohort >= MANY else sizes.seconds)
             except NoFigures as error:
@@ -129,7 +130,7 @@ def throughput(sizes: Sizes) -> Iterator[Row]:
 
 def million(sizes: Sizes) -> Iterator[Row]:
     """One round."""
-    on = {"work": "W-small", "cohort": sizes.million, "actors": 2}
+    on = {"work": "W-small", "cohort": sizes.million, "actors": 2, "threads": 1}
     figures = alone("timed_rounds", **on)
     memory = Finding("peak PSS", figures["peak_pss_mb"], " MB", most=2000)
     wall = [Finding("round", figures["first_round_s"], " s", most=90), Finding("process", figures["process_s"], " s")]
@@ -139,7 +140,7 @@ def million(sizes: Sizes) -> Iterator[Row]:
 def population(sizes: Sizes) -> Iterator[Row]:
     """A small part of many."""
     clients, cohort = sizes.population
-    on = {"work": "W-small", "cohort": cohort, "actors": 0, "population": clients}
+    on = {"work": "W-small", "cohort": cohort, "actors": 0, "threads": 2, "population": clients}
     figures = alone("timed_rounds", **on)
     ready, memory = figures["ready_s"], Finding("peak PSS", figures["peak_pss_mb"], " MB", most=1000)
     first = Finding("round 1 ends after", ready + figures["first_round_s"], " s")
@@ -148,8 +149,8 @@ def population(sizes: Sizes) -> Iterator[Row]:
 
 def growth(sizes: Sizes) -> Iterator[Row]:
     """Peak memory of two cohorts."""
-    for actors in sizes.actors:
-        on = {"work": "W-small", "actors": actors}
+    for actors, threads in sizes.ways:
+        on = {"work": "W-small", "actors": actors, "threads": threads}
         runs = [alone("timed_rounds", **on, cohort=cohort, seconds=sizes.seconds) for cohort in sizes.growth]
         small, large = (run["peak_pss_mb"] for run in runs)
         grown = Finding("peak PSS grows by", 100 * (large / small - 1), " %", most=10)
@@ -164,18 +165,17 @@ def rounds(sizes: Sizes) -> Iterator[Row]:
     before, after = figures["resident MB"]
     grown = Finding(f"resident memory from round {early} to {late} grows by", 100 * (after / before - 1), " %", most=2)
     held = [Finding(f"{name} more", figures[name][1] - figures[name][0], most=0) for name in ("open files", "threads")]
-    yield Row("rounds", {"work": "W-small", "cohort": cohort, "actors": 0}, figures, (grown, *held))
+    yield Row("rounds", {"work": "W-small", "cohort": cohort}, figures, (grown, *held))
 
 
 def orchestration(sizes: Sizes) -> Iterator[Row]:
     """What a client costs beside its training."""
-    for work, cohort in sizes.orchestration:
-        for actors in sizes.actors:
-            on = {"work": work, "cohort": cohort, "actors": actors}
-            figures = alone("orchestration", **on, seconds=sizes.seconds / 2)
-            training = Finding("training alone", 1e3 * figures["training_cpu_seconds_per_client"], " ms")
-            rest = Finding("all but training", figures["orchestration_ms"], " ms", most=0.05)
-            yield Row("orchestration", on, figures, (rest, training))
+    for (work, cohort), (actors, threads) in product(sizes.orchestration, sizes.ways):
+        on = {"work": work, "cohort": cohort, "actors": actors, "threads": threads}
+        figures = alone("orchestration", **on, seconds=sizes.seconds / 2)
+        training = Finding("training alone", 1e3 * figures["training_cpu_seconds_per_client"], " ms")
+        rest = Finding("all but training", figures["orchestration_ms"], " ms", most=0.05)
+        yield Row("orchestration", on, figures, (rest, training))
 
 
 def overhead(sizes: Sizes) -> Iterator[Row]:
@@ -184,7 +184,7 @@ def overhead(sizes: Sizes) -> Iterator[Row]:
     figures = alone("overhead", cohort=cohort, repeats=repeats)
     longer = Finding("a round takes longer by", 100 * figures["overhead"], " %", most=3)
     without = Finding("without", statistics.median(figures["bare_s"]), " s")
-    yield Row("overhead", {"work": "W", "cohort": cohort, "actors": 0}, figures, (longer, without))
+    yield Row("overhead", {"work": "W", "cohort": cohort}, figures, (longer, without))
 
 
 def start(sizes: Sizes) -> Iterator[Row]:
@@ -193,20 +193,21 @@ def start(sizes: Sizes) -> Iterator[Row]:
         runs = [alone("start", tracking=tracking)["start_s"] for _ in range(sizes.starts)]
         name = f"command to first round, tracking {'on' if tracking else 'off'}"
         found = (Finding(name, statistics.median(runs), " s"),)
-        yield Row("start", {"work": "W", "cohort": 100, "actors": 0}, {"start_s": runs, "tracking": tracking}, found)
+        yield Row("start", {"work": "W", "cohort": 100}, {"start_s": runs, "tracking": tracking}, found)
 
 
 def digest(sizes: Sizes) -> Iterator[Row]:
     """The same bits, and nearly the same."""
     for work, cohort in sizes.digest:
         on = {"work": work, "cohort": cohort}
-        digests = {n: alone("digest", **on, actors=n)["digest"] for n in sizes.digest_actors}
-        alike = sum(value == digests[0] for value in digests.values())
-        equal = Finding("numbers of actors with the same digest", alike, least=len(digests))
-        yield Row("digest", on | {"actors": ", ".join(map(str, digests))}, {"digests": digests}, (equal,))
+        ways = [{"actors": actors, "threads": threads} for actors, threads in sizes.digest_ways]
+        digests = {trained_by(way): alone("digest", **on, **way)["digest"] for way in ways}
+        first, *others = digests.values()
+        alike = Finding(f"of {', '.join(digests)}, alike", 1 + others.count(first), least=len(digests))
+        yield Row("digest", on, {"digests": digests}, (alike,))
     figures = alone("low_rank", clients=16)
     differ = Finding("low-rank and dense weights differ by", figures["difference"], " of the change", most=1e-4)
-    yield Row("digest", {"work": "W", "cohort": 16, "actors": 0}, figures, (differ,))
+    yield Row("digest", {"work": "W", "cohort": 16}, figures, (differ,))
 
 
 CASES: dict[str, Callable[[Sizes], Iterator[Row]]] = {

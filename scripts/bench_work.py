@@ -56,12 +56,18 @@ SIZES = {
 }
 
 
-def values(work: str, folder: Path, *, cohort: int, population: int | None = None, actors: int = 0) -> dict[str, Any]:
-    """The configuration of a work; writes its embeddings into `folder` where they are made up."""
+def values(
+    work: str, folder: Path, *, cohort: int, population: int | None = None, actors: int = 0, threads: int | None = None
+) -> dict[str, Any]:
+    """The configuration of a work; writes its embeddings into `folder` where they are made up.
+
+    `threads` train in this process, or are the CPUs that a private Ray is told of (default: as many as there are).
+    """
+    threads = threads or os.cpu_count()
     federation = {"num_clients": population or cohort, "cohort_size": cohort, "global_rounds": FOREVER}
     shared: dict[str, Any] = {
         "experiment": {"name": "bench", "seed": SEED, "output_dir": str(folder / "runs"), "checkpoint_every": FOREVER},
-        "resources": {"client_actors": actors},
+        "resources": {"client_actors": actors, "num_cpus": threads},
         "tracking": {"enabled": False},
         "feda2v": {"adapter_aggregation_mode": "weighted"},
     }

@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,11 @@ PANELS = {
     "W-small": "W-small: 20 vectors of 64 a client, adapter 64 → 64 → 32",
 }
 # Colours of Okabe and Ito, which colour-blind people can tell apart; markers tell the rest.
-FEDSIM = {2: ("fedsim, two actors", "#D55E00"), 0: ("fedsim, in-process", "#0072B2")}
+FEDSIM = {
+    (2, 1): ("fedsim, two actors", "#D55E00"),
+    (0, 2): ("fedsim, two threads", "#0072B2"),
+    (0, 1): ("fedsim, one thread", "#56B4E9"),
+}
 PEERS = {
     "pfl-2": ("pfl-research, two processes", "#009E73", "s"),
     "pfl": ("pfl-research", "#009E73", "D"),
@@ -30,8 +35,8 @@ PEERS = {
     "flower": ("Flower", "#CC79A7", "^"),
     "naive-ray": ("a Ray actor per client", "#8A6D00", "v"),
 }
-LABEL_GAP = 0.055
-"""Least distance of two labels, as a share of the axis."""
+LABEL_GAP, LABEL_ROOM = 0.04, 0.5
+"""Least distance of two labels as a share of the axis; what is added to the right for them as a share of the data."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,9 @@ def read(folder: Path, work: str) -> Iterator[Series]:
     """All systems that have done a work."""
     scale = json.loads((folder / "scale.json").read_text())["results"] if (folder / "scale.json").exists() else []
     ours = [result for result in scale if result["case"] == "throughput" and result["work"] == work]
-    for actors, (label, colour) in FEDSIM.items():
-        yield Series(label, colour, "o", "-", speeds([result for result in ours if result["actors"] == actors]))
+    for way, (label, colour) in FEDSIM.items():
+        done = [result for result in ours if (result["actors"], result["threads"]) == way]
+        yield Series(label, colour, "o", "-", speeds(done))
     files = [json.loads(file.read_text()) for file in sorted(folder.glob("peers-*.json"))]
     theirs = [result for file in files if file["work"] == work for result in file["results"]]
     for system, (label, colour, marker) in PEERS.items():
@@ -65,13 +71,14 @@ def speeds(results: Sequence[dict[str, Any]]) -> dict[int, float]:
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights moved apart to at least `gap`, in the same order and as little as is simple: around their middle."""
+    """Heights pushed apart until neighbours are (nearly) `gap` apart, in the same order."""
     order = sorted(range(len(heights)), key=heights.__getitem__)
     moved = list(heights)
-    for below, above in zip(order, order[1:], strict=False):
-        moved[above] = max(moved[above], moved[below] + gap)
-    shift = sum(moved[i] - heights[i] for i in order) / max(len(order), 1)
-    return [height - shift for height in moved]
+    for _ in range(100):
+        for below, above in pairwise(order):
+            push = max(0.0, gap - (moved[above] - moved[below])) / 2
+            moved[below], moved[above] = moved[below] - push, moved[above] + push
+    return moved
 
 
 def draw(axes: Any, title: str, systems: Sequence[Series]) -> None:
@@ -92,30 +99,32 @@ def draw(axes: Any, title: str, systems: Sequence[Series]) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(which="both", length=0)
+    cohorts = [cohort for system in systems for cohort in system.speed]
+    decades = range(math.ceil(math.log10(min(cohorts))), math.floor(math.log10(max(cohorts))) + 1)
+    axes.set_xticks([10**decade for decade in decades])
+    axes.minorticks_off()
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+        axis.set_major_formatter(tick)
     left, right = axes.get_xlim()
-    low, high = axes.get_ylim()
-    axes.set_xlim(left, right * (right / left) ** 0.5)  # room for the labels
-    lasts = sorted({list(system.speed)[-1] for system in systems})
-    for last in lasts:
-        label(axes, [system for system in systems if list(system.speed)[-1] == last], last, math.log10(high / low))
+    axes.set_xlim(left, right * (right / left) ** LABEL_ROOM)
+    lasts = [max(system.speed) for system in systems]
+    for last in sorted(set(lasts)):
+        name(axes, [system for system, its in zip(systems, lasts, strict=True) if its == last], last)
 
 
-def label(axes: Any, systems: Sequence[Series], last: int, decades: float) -> None:
-    """Names beside the last points of series that end at the same number of clients."""
+def tick(value: float, _: int) -> str:
+    """The text at a tick."""
+    return f"{value / 1e6:g} million" if value >= 1e6 else f"{value:,.0f}" if value >= 1 else f"{value:g}"
+
+
+def name(axes: Any, systems: Sequence[Series], last: int) -> None:
+    """Names and speeds beside the last points of series that end at the same number of clients."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     heights = [math.log10(system.speed[last]) for system in systems]
-    for system, height in zip(systems, spread(heights, LABEL_GAP * decades), strict=True):
-        axes.annotate(
-            f"{system.label}  {system.speed[last]:,.3g}"
-            if system.speed[last] < 1000
-            else f"{system.label}  {system.speed[last]:,.0f}",
-            (last, system.speed[last]),
-            xytext=(last * 1.25, 10**height),
-            va="center",
-            fontsize=9.5,
-            color=system.colour,
-        )
+    for system, height in zip(systems, spread(heights, LABEL_GAP * math.log10(high / low)), strict=True):
+        speed = float(f"{system.speed[last]:.3g}")
+        at = last * (right / left) ** 0.02, 10**height
+        axes.text(*at, f"{system.label}  {speed:,.0f}", va="center", fontsize=9.5, color=system.colour)
 
 
 def main() -> None:

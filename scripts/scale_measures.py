@@ -52,26 +52,34 @@ def padding(setup: Any) -> float:
     """Share of the rows of a first cohort's batches that are padding."""
     counts = setup.partition.counts_of(np.arange(setup.config.federation.cohort_size))
     batch_size = setup.config.training.batch_size
-    return 1 - counts.sum() / (-(-counts // batch_size) * batch_size).sum()
+    return float(1 - counts.sum() / (-(-counts // batch_size) * batch_size).sum())
 
 
 def timed_rounds(
-    folder: Path, *, work: str, cohort: int, actors: int, population: int | None = None, seconds: float = 0.0
+    folder: Path,
+    *,
+    work: str,
+    cohort: int,
+    actors: int,
+    threads: int,
+    population: int | None = None,
+    seconds: float = 0.0,
 ) -> dict[str, Any]:
     """Speed and memory of the rounds after the first, for so many seconds (0: of the first round)."""
+    settings = values(work, folder, cohort=cohort, population=population, actors=actors, threads=max(actors, threads))
     size = SIZES.get(work) if work != "W-small" and seconds else None
     peaks = [peak_gflops()] if size else []
     with watch_tree() as tree:
-        setup = prepared(values(work, folder, cohort=cohort, population=population, actors=actors))
+        setup = prepared(settings)
         with opened(setup, folder / "run") as experiment:
             ready_s, cpu_s = time.time() - process_start(), tree.update().cpu_s
-            first, rounds = timed(experiment.round), []
+            first = timed(experiment.round)
+            rounds: list[float] = []
             cpu_s = tree.update().cpu_s if seconds else cpu_s
             while seconds and (len(rounds) < LEAST_ROUNDS or sum(rounds) < seconds):
                 rounds.append(timed(experiment.round))
             rounds = rounds or [first]
             cpu_s = tree.update().cpu_s - cpu_s
-    threads = max(1, setup.config.resources.num_actors)  # one an actor, one in-process
     speed = cohort / statistics.median(rounds)
     figures = {
         "clients_per_second": speed,
@@ -86,7 +94,8 @@ def timed_rounds(
     }
     if size:
         peaks.append(peak_gflops())
-        figures |= {"peak_gflops": peaks, "share": speed * size.flop() / (1e9 * statistics.mean(peaks) * threads)}
+        peak = 1e9 * statistics.mean(peaks) * (actors or threads)
+        figures |= {"peak_gflops": peaks, "share": speed * size.flop() / peak}
     return figures
 
 
@@ -134,9 +143,10 @@ def bare_cpu_s(settings: str, share: int, shares: int, passes: int) -> float:
     return time.process_time() - before
 
 
-def orchestration(folder: Path, *, work: str, cohort: int, actors: int, seconds: float) -> dict[str, Any]:
+def orchestration(folder: Path, *, work: str, cohort: int, actors: int, threads: int, seconds: float) -> dict[str, Any]:
     """Processor time per client of rounds and of bare training, in turn; medians of the repeats."""
-    setup, shares = prepared(values(work, folder, cohort=cohort, actors=actors)), max(1, actors)
+    shares = actors or threads
+    setup = prepared(values(work, folder, cohort=cohort, actors=actors, threads=shares))
     settings = setup.config.model_dump_json()
     found = []
     with ProcessPoolExecutor(shares, mp_context=get_context("spawn")) as pool, watch_tree() as tree:
@@ -189,25 +199,27 @@ def overhead(folder: Path, *, cohort: int, repeats: int) -> dict[str, Any]:
 
 def start(folder: Path, *, tracking: bool) -> dict[str, Any]:
     """Seconds from `fedsim run` (W, 100 clients, in-process) to the first line of metrics.jsonl, nothing cached."""
-    config, lines = folder / "config.json", folder / "run" / "metrics.jsonl"
+    config, lines, words = folder / "config.json", folder / "run" / "metrics.jsonl", folder / "words.txt"
     settings = values("W", folder, cohort=100) | {"tracking": {"enabled": tracking}}
     config.write_text(json.dumps(settings))
     command = [sys.executable, "-m", "fedsim", "run", str(config), "--output", str(lines.parent)]
+    command += ["--set", "resources.client_actors=0"]
     started = time.perf_counter()
-    with subprocess.Popen([*command, "--set", "resources.client_actors=0"], stdout=subprocess.DEVNULL) as run:
+    with words.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as run:
         while run.poll() is None and not (lines.exists() and lines.stat().st_size):
             time.sleep(0.002)
         seconds, code = time.perf_counter() - started, run.poll()
         run.terminate()
     if code is not None:
-        raise RuntimeError(f"fedsim run ended with {code} before its first round was over")
+        raise RuntimeError(
+            f"fedsim run ended with {code} before round 1 was over: {words.read_text()[-200:].strip()!r}"
+        )
     return {"start_s": seconds}
 
 
-def digest(folder: Path, *, work: str, cohort: int, actors: int) -> dict[str, Any]:
+def digest(folder: Path, *, work: str, cohort: int, actors: int, threads: int) -> dict[str, Any]:
     """The digest of the adapter after two rounds."""
-    settings = values(work, folder, cohort=cohort, actors=actors)
-    settings["resources"]["num_cpus"] = max(2, actors)  # what Ray is told, whatever the machine has
+    settings = values(work, folder, cohort=cohort, actors=actors, threads=max(actors, threads))
     with opened(prepared(settings), folder / "run") as experiment:
         experiment.round()
         experiment.round()
@@ -231,13 +243,13 @@ def low_rank(folder: Path, *, clients: int) -> dict[str, Any]:
     parts, how = build_parts(setup, cpu), local_training(setup.config)
     broadcast = Broadcast(1, setup.config.experiment.seed, initial_state(setup, parts))
     rows = BlockTrainer(setup, cpu).prepare(Block(0, np.arange(clients)), broadcast)
-    plan = {"epochs": how.local_epochs, "batch_size": how.batch_size}
-    batches = training_batches(rows, seed=broadcast.seed, round_number=1, **plan)
-    trained = []
+    seed, epochs = broadcast.seed, how.local_epochs
+    batches = training_batches(rows, seed=seed, round_number=1, epochs=epochs, batch_size=how.batch_size)
+    trained: list[dict[str, Any]] = []
     for most_steps in (None, sys.maxsize):  # with so many steps before it, factors would never pay
         stack = shared_start(broadcast.adapter, clients)
-        settings = {"objective": parts.objective, "how": how, "buffers": Buffers(), "most_steps": most_steps}
-        train_stack(parts.model, stack, batches, **settings)
+        objective, buffers = parts.objective, Buffers()
+        train_stack(parts.model, stack, batches, objective=objective, how=how, buffers=buffers, most_steps=most_steps)
         trained.append(stack)
     kinds = [{name for name, p in stack.items() if isinstance(p, SharedWeight)} for stack in trained]
     if not kinds[0] or kinds[1]:

@@ -57,14 +57,22 @@ class Row:
         return {"case": self.case} | self.on | self.figures | {"findings": findings}
 
 
+def trained_by(on: dict[str, Any]) -> str:
+    """Actors, or threads of the one process."""
+    actors, threads = on.get("actors"), on.get("threads")
+    if actors:
+        return f"{actors} actor{'s' * (actors > 1)}"
+    return f"{threads} thread{'s' * (threads > 1)}" if threads else ""
+
+
 def table(rows: list[Row]) -> str:
     """A Markdown table with aligned columns."""
-    lines = [["case", "work", "clients", "actors", *COLUMNS, "findings"]]
+    lines = [["case", "work", "clients", "trained by", *COLUMNS, "findings"]]
     for row in rows:
         figures = [f"{scale * row.figures[key]:.4g}" if key in row.figures else "" for key, scale in COLUMNS.values()]
-        on = (row.on.get(name, "") for name in ("work", "cohort", "actors"))
-        shown = [f"{value:,}" if isinstance(value, int) else value for value in on]
-        lines.append([row.case, *shown, *figures, row.figures.get("error") or ", ".join(map(str, row.findings))])
+        clients = f"{row.on['cohort']:,}" if "cohort" in row.on else ""
+        on = [row.on.get("work", ""), clients, trained_by(row.on)]
+        lines.append([row.case, *on, *figures, row.figures.get("error") or ", ".join(map(str, row.findings))])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(

@@ -37,7 +37,9 @@ def test_the_reference_gives_the_published_vectors(counter, key, wanted):
     assert philox(counter, key) == wanted
 
 
-@pytest.mark.parametrize("first_three", [(0, 0, 0), (ONES, ONES, ONES), (0x243F6A88, 0x85A308D3, 0x13198A2E), (7, 0, 1)])
+@pytest.mark.parametrize(
+    "first_three", [(0, 0, 0), (ONES, ONES, ONES), (0x243F6A88, 0x85A308D3, 0x13198A2E), (7, 0, 1)]
+)
 @pytest.mark.parametrize(("seed", "keys"), [(0, ()), (3, (1,)), (-1, ("a", 2))])
 def test_bits_are_philox_of_the_counter_under_a_key_from_the_arguments(first_three, seed, keys):
     name = "/".join(map(str, (seed, "x", *keys)))
@@ -58,9 +60,13 @@ def test_bits_do_not_depend_on_what_else_is_asked_for():
     assert counter_bits(1, "x", counters=np.zeros((0, 3), dtype=np.int64)).shape == (0, 4)
 
 
-@pytest.mark.parametrize("stream", [lambda *a: rng(*a).bytes(16), lambda *a: counter_bits(*a, counters=np.zeros((1, 3)))])
+@pytest.mark.parametrize(
+    "stream", [lambda *a: rng(*a).bytes(16), lambda *a: counter_bits(*a, counters=np.zeros((1, 3)))]
+)
 def test_seed_purpose_and_every_key_give_another_stream(stream):
-    draws = [np.asarray(stream(*args)).tobytes() for args in [(0, "a"), (1, "a"), (0, "b"), (0, "a", 1), (0, "a", 1, 1)]]
+    draws = [
+        np.asarray(stream(*args)).tobytes() for args in [(0, "a"), (1, "a"), (0, "b"), (0, "a", 1), (0, "a", 1, 1)]
+    ]
     assert len(set(draws)) == len(draws)
     assert np.asarray(stream(0, "a")).tobytes() == draws[0]
 

@@ -20,7 +20,8 @@ from fedsim.federation.setup import Setup
 from fedsim.federation.tracker import Tracker
 from fedsim.types import RoundResult
 
-POLL_S = 0.2
+POLL_S = 0.5
+"""A poll costs driver and server 5 ms of CPU: one per cent where they share the cores with clients."""
 log = logging.getLogger(__name__)
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from fedsim.cluster.pool import RayPool
+from fedsim.federation.background_tracker import BackgroundTracker
 from fedsim.federation.checkpoint import ServerState
 from fedsim.federation.experiment import Experiment, RunFiles
 from fedsim.federation.parts import choose_device
 from fedsim.federation.server import Server
 from fedsim.federation.setup import Setup
 from fedsim.federation.tracker import Tracker
-from fedsim.tracking.background import BackgroundTracker
 from fedsim.types import RoundResult
 
 

@@ -20,6 +20,7 @@ from fedsim.algorithms.aggregation import SumTree
 from fedsim.algorithms.batches import ClientRows, num_batches
 from fedsim.algorithms.row_sample import sample_rows
 from fedsim.errors import ClientError, FedsimError
+from fedsim.federation.memory import keep_freed_memory
 from fedsim.federation.parts import Parts, build_parts, rows_of
 from fedsim.federation.setup import Setup
 from fedsim.federation.stacks import StackTrainer, TrainedStack, join_metrics
@@ -48,12 +49,18 @@ class BlockTrainer:
     Args:
         setup: what the driver prepared.
         device: where to train.
+        parts: what computes, where it has been built.
     """
 
-    def __init__(self, setup: Setup, device: torch.device) -> None:
+    def __init__(self, setup: Setup, device: torch.device, *, parts: Parts | None = None) -> None:
+        keep_freed_memory()
         self._setup = setup
-        self._parts: Parts = build_parts(setup, device)
+        self._parts = build_parts(setup, device) if parts is None else parts
         self._stacks = StackTrainer(setup, self._parts)
+
+    def twin(self) -> BlockTrainer:
+        """A trainer for another thread: the same data, buffers of its own."""
+        return BlockTrainer(self._setup, self._parts.device, parts=self._parts)
 
     def prepare(self, block: Block, broadcast: Broadcast) -> ClientRows:
         """Gather the recordings of a block; may run in another thread while a block trains."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,30 +50,48 @@ def longest_first(blocks: Sequence[Block]) -> range:
 
 
 class InProcessPool:
-    """Trains one block after the other in this process: the same code and bits as with actors, and breakpoints work.
+    """Trains blocks in this process: the same code and bits as with actors.
 
-    While a block trains, a thread prepares the next one's rows.
+    Threads train a block each (torch lets go of the interpreter while it computes), and one more thread prepares the
+    next block's rows. With one thread blocks are trained by the caller itself, so that breakpoints work.
+
+    Args:
+        setup: what the driver prepared.
+        device: where to train.
+        threads: blocks trained at a time.
     """
 
-    def __init__(self, setup: Setup, device: torch.device) -> None:
-        self._trainer = BlockTrainer(setup, device)
+    def __init__(self, setup: Setup, device: torch.device, *, threads: int = 1) -> None:
+        trainer = BlockTrainer(setup, device)
+        self._idle = SimpleQueue[BlockTrainer]()
+        for own in [trainer, *(trainer.twin() for _ in range(threads - 1))]:
+            self._idle.put(own)
+        self._threads, self._trainer = threads, trainer
         self._ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare")
+        # One torch thread each: the order of a sum, and so its bits, would depend on their number.
+        self._workers = ThreadPoolExecutor(threads, "train", initializer=torch.set_num_threads, initargs=(1,))
 
     def train(self, blocks: Sequence[Block], broadcast: Broadcast) -> Iterator[BlockUpdate | LostBlock]:
         """Yield updates, longest block first."""
-        ready: tuple[Block, Future[Any] | None] | None = None
+        waiting: deque[Callable[[], BlockUpdate]] = deque()
         for position in longest_first(blocks):
-            following = blocks[position]
-            ahead = self._ahead.submit(self._trainer.prepare, following, broadcast) if ready else None
-            if ready:
-                yield self._finish(*ready, broadcast)
-            ready = (following, ahead)
-        if ready:
-            yield self._finish(*ready, broadcast)
+            block = blocks[position]
+            ahead = self._ahead.submit(self._trainer.prepare, block, broadcast)
+            work = partial(self._train, block, broadcast, ahead)
+            waiting.append(work if self._threads == 1 else self._workers.submit(work).result)
+            if len(waiting) > self._threads:
+                yield waiting.popleft()()
+        while waiting:
+            yield waiting.popleft()()
 
-    def _finish(self, block: Block, ahead: Future[Any] | None, broadcast: Broadcast) -> BlockUpdate:
-        return self._trainer.train(block, broadcast, ahead.result() if ahead else None)
+    def _train(self, block: Block, broadcast: Broadcast, ahead: Future[Any]) -> BlockUpdate:
+        trainer = self._idle.get()
+        try:
+            return trainer.train(block, broadcast, ahead.result())
+        finally:
+            self._idle.put(trainer)
 
     def close(self) -> None:
-        """End the thread."""
-        self._ahead.shutdown(cancel_futures=True)
+        """End the threads; a block under way is trained to its end."""
+        for threads in (self._ahead, self._workers):
+            threads.shutdown(cancel_futures=True)

@@ -27,8 +27,9 @@ from fedsim.models.adapters.layers import is_linear_weight
 from fedsim.models.adapters.shared_weight import SharedWeight
 from fedsim.types import AdapterState, Broadcast, ClassStats, ClientMetrics, unflatten_state
 
-STACK_BYTES = {"cpu": 12 * 2**20, "cuda": 2**30}
-"""Weights, optimiser state and activations of a stack that keep the hardware busy, by device."""
+ACTIVATION_BYTES = {"cpu": 12 * 2**20, "cuda": 2**30}
+OWN_BYTES = {"cpu": 96 * 2**20, "cuda": 4 * 2**30}
+"""Activations, and weights with gradients and optimiser state, of a stack that keep the hardware busy, by device."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,12 @@ def local_training(config: Config) -> LocalTraining:
     )
 
 
-def client_bytes(state: Mapping[str, Tensor], *, batch_rows: int, how: LocalTraining) -> int:
-    """Predicted memory of one client of a stack: activations, its own weights, gradients and optimiser state."""
+def client_bytes(state: Mapping[str, Tensor], *, batch_rows: int, how: LocalTraining) -> tuple[int, int]:
+    """Predicted memory of a client of a stack: activations; and its own weights, gradients and optimiser state."""
     activations = 2 * batch_rows * sum(sum(t.shape) for name, t in state.items() if is_linear_weight(name))
     copies = 4 if how.optimizer == "AdamW" else 3 if how.momentum else 2
     own = 0 if how.linear_steps else copies * sum(t.numel() for t in state.values())
-    return 4 * (activations + own)
+    return 4 * activations, 4 * own
 
 
 class StackTrainer:
@@ -85,7 +86,9 @@ class StackTrainer:
     def size(self, state: Mapping[str, Tensor]) -> int:
         """Clients of a stack, a power of two: a function of model and configuration, not of the memory at hand."""
         rows = self.how.batch_size * self._parts.adapter.input_shape[0]
-        fitting = STACK_BYTES[self._parts.device.type] // client_bytes(state, batch_rows=rows, how=self.how)
+        device = self._parts.device.type
+        activations, own = client_bytes(state, batch_rows=rows, how=self.how)
+        fitting = min(ACTIVATION_BYTES[device] // max(activations, 1), OWN_BYTES[device] // max(own, 1))
         return self._parts.model.max_clients or 1 << (max(1, fitting).bit_length() - 1)
 
     def train(self, data: ClientRows, broadcast: Broadcast, *, own: np.ndarray | None, most_steps: int) -> TrainedStack:
@@ -175,12 +178,15 @@ class StackTrainer:
         return np.array(scores)
 
     def _blame(self, params: StackParams, losses: np.ndarray, clients: np.ndarray, round_number: int) -> None:
-        """Name the first client whose loss or tensors aren't finite."""
+        """Name a client whose loss or tensors aren't finite: the last one.
+
+        The sum was made in the stack's own memory: what isn't finite has spread to clients before, never behind.
+        """
         good = np.isfinite(losses)
         for p in params.values():
             dense = p.dense() if isinstance(p, SharedWeight) else p
             good &= torch.isfinite(dense).flatten(1).all(1).cpu().numpy()
-        bad = int(np.argmin(good))
+        bad = len(good) - 1 - int(np.argmin(good[::-1]))
         name = self._setup.client_name(int(clients[bad])) if not good[bad] else "unknown (the sum overflows)"
         raise ClientError(
             f"client {name}, round {round_number}, phase local training: non-finite update (loss {losses[bad]:.4g}); "

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fedsim.federation.background_tracker import BackgroundTracker
 from fedsim.federation.checkpoint import ServerState
 from fedsim.federation.experiment import Experiment, ExperimentHandle, RunFiles
 from fedsim.federation.parts import choose_device
@@ -23,7 +24,7 @@ from fedsim.federation.server import Server
 from fedsim.federation.setup import Setup
 from fedsim.federation.tracker import Tracker
 from fedsim.launch.record import open_record, store_of
-from fedsim.tracking.background import BackgroundTracker
+from fedsim.models.encoders.threads import available_cores
 from fedsim.tracking.mlflow_tracker import MlflowTracker
 from fedsim.tracking.null_tracker import NullTracker
 from fedsim.tracking.store import RunHandle, check_store, warm_up
@@ -74,7 +75,8 @@ def open_experiment(
         device = choose_device(max(resources.server_gpus, resources.client_gpus))
 
         def in_process() -> ExperimentHandle:
-            pool = InProcessPool(setup, device)
+            threads = (resources.num_cpus or available_cores()) if device.type == "cpu" else 1
+            pool = InProcessPool(setup, device, threads=threads)
             server = Server(setup, pool, device=device, state=state, status=status, run_dir=run_dir)
             return Experiment(server, files, tracker)
 

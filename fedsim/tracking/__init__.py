@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from fedsim.tracking.background import BackgroundTracker
 from fedsim.tracking.mlflow_tracker import MlflowTracker
 from fedsim.tracking.null_tracker import NullTracker
 from fedsim.tracking.store import RunHandle, create_run, default_uri
 
-__all__ = ["BackgroundTracker", "MlflowTracker", "NullTracker", "RunHandle", "create_run", "default_uri"]
+__all__ = ["MlflowTracker", "NullTracker", "RunHandle", "create_run", "default_uri"]

@@ -81,9 +81,7 @@ def clients_of(counts: Sequence[int], **kwargs) -> ClientRows:
 
 
 def steps_of(data: ClientRows, how: LocalTraining, *, round_number: int = 1) -> Batches:
-    return training_batches(
-        data, seed=3, round_number=round_number, epochs=how.local_epochs, batch_size=how.batch_size
-    )
+    return training_batches(data, seed=3, round_number=round_number, epochs=how.local_epochs, batch_size=how.batch_size)
 
 
 def dense(params) -> dict[str, torch.Tensor]:

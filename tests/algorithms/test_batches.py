@@ -9,7 +9,7 @@ import pytest
 import torch
 from clients import D, S, clients_of, joined, plain_sgd, steps_of
 
-from fedsim.algorithms.batches import ClientRows, epoch_orders, lay_out, num_batches, one_pass
+from fedsim.algorithms.batches import ClientRows, epoch_orders, lay_out, num_batches, one_pass, training_batches
 
 COUNTS = [1, 3, 4, 5, 8, 13]  # ordered by batches of 4
 
@@ -51,6 +51,16 @@ def test_round_client_seed_and_epoch_each_give_another_order():
     ]
     assert len({order.tobytes() for order in drawn}) == len(drawn)
     assert np.array_equal(orders([7], [13]), drawn[0])
+
+
+def test_training_takes_another_order_each_round_and_with_each_seed():
+    data, kwargs = clients_of([13]), {"epochs": 1, "batch_size": 4}
+    plans = [
+        training_batches(data, seed=seed, round_number=number, **kwargs).index.tolist()
+        for seed, number in ((0, 1), (0, 2), (1, 1), (0, 1))
+    ]
+    assert plans[0] == plans[3]
+    assert plans[0] != plans[1] != plans[2] != plans[0]
 
 
 def chi_square(numbers: np.ndarray, kinds: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from clients import C, SHAPES
+from clients import SHAPES, C
 from torch.nn import functional
 
 from fedsim.algorithms.objective import make_objective
@@ -16,9 +16,7 @@ WEIGHTS = [(0.0, 0.0), (1.0, 0.0), (0.0, 0.3), (0.7, 0.5)]
 def targets_of(*, offset: float = 0.0, spread: float = 1.0) -> dict[str, torch.Tensor]:
     """Class targets around a common point, as the names of classes are."""
     generator = torch.Generator().manual_seed(0)
-    return {
-        head: offset + spread * torch.randn(C, *shape, generator=generator) for head, shape in SHAPES.items()
-    }
+    return {head: offset + spread * torch.randn(C, *shape, generator=generator) for head, shape in SHAPES.items()}
 
 
 def rows_of(targets, *, noise: float):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from clients import C, client_rows, world
+from clients import C, client_rows, dense, joined, plain_sgd, steps_of, training, world
 
-from fedsim.algorithms.statistics import evaluate_stack
+from fedsim.algorithms.local_training import Buffers, shared_start, train_stack
+from fedsim.algorithms.statistics import empty_stats, evaluate_stack
 from fedsim.models.adapters import stack, unstack
+from fedsim.models.adapters.shared_weight import SharedWeight
 from fedsim.types import concatenate_stats
 
 COUNTS = [3, 8, 21]
@@ -34,7 +38,7 @@ def evaluate(*, min_count, batch_size=4, share_variances=True):
     return evaluate_stack(
         model,
         parameters(),
-        members(),
+        joined(members()),
         objective=objective,
         batch_size=batch_size,
         stats_min_count=min_count,
@@ -49,10 +53,10 @@ def test_means_and_variances_are_numpys(evaluation):
         outputs = adapter.forward(stack(unstack(parameters(), k)), client.inputs.unsqueeze(0))
         for label in np.unique(client.labels):
             rows = client.labels.numpy() == label
-            at = np.flatnonzero((stats.client == client.client) & (stats.label == label))
+            at = np.flatnonzero((stats.client == client.client[0]) & (stats.label == label))
             assert len(at) == 1
             row = stats.take(at)
-            pairs.append((client.client, label))
+            pairs.append((client.client[0], label))
             assert row.count.item() == rows.sum()
             own = client.inputs.numpy()[rows].astype(np.float64)
             np.testing.assert_allclose(row.audio_mean[0], own.mean(0), atol=1e-6)
@@ -113,14 +117,44 @@ def test_results_do_not_depend_on_the_chunks(evaluation, batch_size):
     torch.testing.assert_close(other.stats.output_mean["t5"], evaluation.stats.output_mean["t5"])
 
 
+@pytest.mark.parametrize("how", [plain_sgd(batch_size=4, local_epochs=1), training()], ids=str)
+def test_weights_that_are_still_shared_score_as_if_multiplied_out(how):
+    # Clients with one to six steps: the later outer products belong to the last clients alone.
+    sizes = {"hidden": (64,), "width": 64, "input_shape": (1, 64), "shapes": {"clip": (64,), "t5": (3, 64)}}
+    adapter, objective, model = world(**sizes)
+    data = joined([client_rows(10 + k, count, input_shape=(1, 64)) for k, count in enumerate(COUNTS)])
+    params = shared_start(adapter.init(0), len(data))
+    kwargs = {"objective": objective, "batch_size": 4, "stats_min_count": 1}
+    for trained in (False, True):
+        if trained:
+            batches = steps_of(data, how)
+            train_stack(model, params, batches, objective=objective, how=how, buffers=Buffers(), most_steps=1)
+            assert any(isinstance(p, SharedWeight) for p in params.values()) == (how.optimizer == "SGD")
+        ours = evaluate_stack(model, params, data, **kwargs)
+        plain = evaluate_stack(model, dense(params), data, **kwargs)
+        np.testing.assert_allclose(ours.loss, plain.loss, rtol=1e-5)
+        assert ours.accuracy.tolist() == plain.accuracy.tolist()
+        for head, mean in plain.stats.output_mean.items():
+            torch.testing.assert_close(ours.stats.output_mean[head], mean, rtol=1e-5, atol=1e-5)
+        assert torch.equal(ours.stats.audio_mean, plain.stats.audio_mean)
+
+
+def test_an_empty_table_has_the_shapes_of_the_others(evaluation):
+    empty = empty_stats(world()[0])
+    assert len(empty) == 0
+    both = concatenate_stats([evaluation.stats, empty])
+    assert both.client.tolist() == evaluation.stats.client.tolist()
+    assert torch.equal(both.audio_var, evaluation.stats.audio_var)
+    assert torch.equal(both.output_mean["t5"], evaluation.stats.output_mean["t5"])
+
+
 def test_the_variance_of_far_away_embeddings_is_exact():
     _, objective, model = world()
     client = client_rows(0, 12)
-    shifted = client_rows(0, 12)
     # 2**13 + x is exact to 2**-10: a one-pass variance (mean of squares minus squared mean) would lose it all.
-    object.__setattr__(shifted, "inputs", torch.round(client.inputs * 1024) / 1024 + 8192)
+    shifted = replace(client, inputs=torch.round(client.inputs * 1024) / 1024 + 8192)
     stats = evaluate_stack(
-        model, stack(model.adapter.init(0)), [shifted], objective=objective, batch_size=4, stats_min_count=2
+        model, stack(model.adapter.init(0)), shifted, objective=objective, batch_size=4, stats_min_count=2
     ).stats
     for row, label in enumerate(stats.label):
         own = shifted.inputs[shifted.labels == int(label)].double().numpy()

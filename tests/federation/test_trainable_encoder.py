@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from worlds import CPU, make_server, numbers, only_client, reconfigured, run, tiny_config
+from worlds import CPU, block_of, make_server, numbers, only_client, reconfigured, run, tiny_config
 
-from fedsim.algorithms.local_training import batch_plan
+from fedsim.algorithms.batches import epoch_orders
 from fedsim.errors import ConfigError, ModelError
 from fedsim.federation.blocks import BlockTrainer
 from fedsim.federation.checkpoint import load_checkpoint
@@ -17,8 +17,7 @@ from fedsim.models.adapters import stack
 from fedsim.models.encoders.ast import make_tiny_ast
 from fedsim.models.encoders.pooling import projection, segment_weights
 from fedsim.models.saved import digest
-from fedsim.seeding import rng
-from fedsim.types import Block, Broadcast
+from fedsim.types import Broadcast, unflatten_state
 
 BASE = (
     "model.audio_encoder.name=tiny_ast",
@@ -57,8 +56,8 @@ def plain_fine_tuning(setup, which: str, *, epochs: int) -> dict[str, torch.Tens
     features = torch.from_numpy(np.array(parts.store.rows[rows]))
     lengths = torch.from_numpy(np.array(parts.store.lengths[rows]))
     labels = torch.from_numpy(setup.labels[rows])
-    for step in batch_plan(len(rows), batch_size=4, epochs=epochs, stream=rng(7, "client", 1, 0)):
-        take = torch.from_numpy(step[step >= 0])
+    orders = epoch_orders(7, 1, np.array([0]), np.array([len(rows)]), epochs)[0]
+    for take in [batch for order in orders for batch in torch.from_numpy(order).split(4)]:
         hidden = model(features[take]).last_hidden_state[:, 2:]
         over_time = hidden.reshape(len(take), 2, 50, 32).mean(1)
         embeddings = segment_weights(lengths[take], 50, 2) @ over_time @ projection(32, 16)
@@ -80,7 +79,8 @@ def test_one_client_is_plain_fine_tuning_of_the_transformers_model(ast, which, e
     setup = only_client(reconfigured(ast, *config), 0)
     parts = build_parts(setup, CPU)
     start = initial_state(setup, parts)
-    ours = BlockTrainer(setup, CPU).train(Block(0, (0,)), Broadcast(1, 7, start)).personal[0]
+    (row,) = BlockTrainer(setup, CPU).train(block_of(0), Broadcast(1, 7, start)).updates
+    ours = unflatten_state(torch.from_numpy(row), start)
     plain = plain_fine_tuning(setup, which, epochs=epochs)
     assert ours.keys() == plain.keys()
     for name, tensor in plain.items():
@@ -102,7 +102,7 @@ def test_fedavg_covers_the_tensors_that_are_trained_and_no_others(ast, which):
     assert 0 < len(last) < len(everything)
     server.run_round()
     trainer, counts = BlockTrainer(setup, CPU), setup.partition.counts
-    updates = [trainer.train(Block(0, (client,)), Broadcast(1, 7, start)).delta_sum for client in range(3)]
+    updates = [trainer.train(block_of(client), Broadcast(1, 7, start)).delta_sum for client in range(3)]
     for name, tensor in server.state.adapter.items():
         mean = start[name] + sum(update[name] for update in updates) / counts.sum()
         torch.testing.assert_close(tensor, mean, atol=1e-6, rtol=1e-5)
