@@ -281,7 +281,9 @@ class Resources(Section):
     )
     max_attempts: int = key(3, "times a block is tried when its actor dies", "attempts", ge=1)
     address: str | None = key(None, "Ray cluster to join (default: a private Ray on this machine)")
-    num_cpus: int | None = key(None, "CPUs for training in this process, or for the private Ray (default: what there is)", "CPUs", ge=1)
+    num_cpus: int | None = key(
+        None, "CPUs for training in this process, or for the private Ray (default: what there is)", "CPUs", ge=1
+    )
     num_gpus: int | None = key(None, "GPUs the private Ray is told of (default: what it finds)", "GPUs", ge=0)
 
     @property

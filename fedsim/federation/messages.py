@@ -101,7 +101,7 @@ def _state_problems(state: Mapping[str, Tensor] | None, adapter: Mapping[str, tu
     for name, tensor in state.items():
         if tuple(tensor.shape) != adapter[name]:
             yield f"{name} has shape {list(tensor.shape)}, expected {list(adapter[name])}"
-        if not _finite(tensor):
+        if not all_finite(tensor):
             yield f"{name} has non-finite numbers"
 
 
@@ -137,13 +137,13 @@ def _stats_problems(stats: ClassStats, block: Block, expected: Expected) -> Iter
     if not stats.count.min() >= expected.min_count:
         yield f"class statistics of fewer than privacy.min_count = {expected.min_count} recordings"
     for name, (tensor, _) in tensors.items():
-        if not _finite(tensor):
+        if not all_finite(tensor):
             yield f"{name} has non-finite numbers"
     if stats.audio_var is not None and float(stats.audio_var.min()) < 0:
         yield "audio_var has negative numbers"
 
 
-def _finite(tensor: Tensor) -> bool:
+def all_finite(tensor: Tensor) -> bool:
     # A finite sum has finite terms; only where it isn't (it may have overflowed) they are looked at one by one.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 

@@ -21,6 +21,7 @@ from fedsim.algorithms.optimizers import StackParams
 from fedsim.algorithms.statistics import LocalEvaluation, empty_stats, evaluate_stack
 from fedsim.config.schema import Config
 from fedsim.errors import ClientError
+from fedsim.federation.messages import all_finite
 from fedsim.federation.parts import Parts, adapter_part, rows_of
 from fedsim.federation.setup import Setup
 from fedsim.models.adapters.layers import is_linear_weight
@@ -197,7 +198,7 @@ class StackTrainer:
 def _finite(delta_sum: AdapterState | None, updates: np.ndarray | None) -> bool:
     if delta_sum is None:
         return updates is None or bool(np.isfinite(updates).all())
-    return all(bool(torch.isfinite(tensor).all()) for tensor in delta_sum.values())
+    return all(all_finite(tensor) for tensor in delta_sum.values())
 
 
 def _metrics(

@@ -27,6 +27,7 @@ from fedsim.federation.blocks import BlockTrainer, make_blocks
 from fedsim.federation.parts import build_parts, choose_device, initial_state
 from fedsim.federation.setup import Setup, head_specs
 from fedsim.models.adapters import make_adapter
+from fedsim.models.encoders.threads import available_cores
 from fedsim.seeding import rng
 from fedsim.types import Block, Broadcast
 
@@ -101,12 +102,14 @@ class Measured:
         seconds: its training, warmed up.
         share: its part of the round's batches.
         peak_bytes: most memory this process (or its GPU) has held.
+        on_cpu: whether it was trained on the CPU.
     """
 
     clients: int
     seconds: float
     share: float
     peak_bytes: int
+    on_cpu: bool
 
 
 def settle(setup: Setup, *, concurrent: int = 1) -> Setup:
@@ -147,10 +150,12 @@ def _settle_actors(config: Config, measured: Measured, blocks: int, concurrent: 
     """The number of actors, and why."""
     whole = _machine(config)
     machine = Machine(whole.cpus / concurrent, whole.gpus / concurrent)
-    training_s = measured.seconds / measured.share * config.federation.global_rounds
+    # Without actors as many threads as cores train blocks.
+    threads = min(config.resources.num_cpus or available_cores(), blocks) if measured.on_cpu else 1
+    training_s = measured.seconds / measured.share / threads * config.federation.global_rounds
     actors = choose_actors(training_s=training_s, blocks=blocks, machine=machine, resources=config.resources)
     return actors, (
-        f"auto: {training_s:.3g} s of local training in all, starting Ray takes {RAY_START_S:g} s, "
+        f"auto: {training_s:.3g} s of local training in all without Ray, starting it takes {RAY_START_S:g} s, "
         f"{blocks} blocks a round, {machine.cpus:g} CPUs, {machine.gpus:g} GPUs"
     )
 
@@ -230,7 +235,7 @@ def measure_block(setup: Setup, cohort: np.ndarray, size: int) -> Measured:
         torch.set_num_threads(threads)
     batch_size, counts_of = setup.config.training.batch_size, setup.partition.counts_of
     batches = [int(num_batches(counts_of(clients), batch_size).sum()) for clients in (block.client_ids, cohort)]
-    return Measured(len(block.client_ids), seconds, batches[0] / batches[1], _peak_bytes(device))
+    return Measured(len(block.client_ids), seconds, batches[0] / batches[1], _peak_bytes(device), device.type == "cpu")
 
 
 def _timed(trainer: BlockTrainer, block: Block, broadcast: Broadcast) -> float:
@@ -255,9 +260,10 @@ def _machine(config: Config) -> Machine:
     connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     if connected or resources.address or os.environ.get("RAY_ADDRESS"):
         return _cluster(resources)
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wants_gpus = max(resources.client_gpus, resources.server_gpus) > 0
     gpus = resources.num_gpus if resources.num_gpus is not None else torch.cuda.device_count() if wants_gpus else 0
+    # OMP_NUM_THREADS speaks of threads, and an actor has one.
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(resources.num_cpus or cpus, gpus)
 
 

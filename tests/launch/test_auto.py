@@ -94,7 +94,7 @@ def test_a_block_is_measured_and_the_choice_is_said(setup, caplog):
     (line,) = [record.getMessage() for record in caplog.records if record.name == "fedsim.launch.auto"]
     assert line.startswith("resources: block_size 8, client_actors 0 (auto: cohort of 7, ")
     assert "a block of 7 took 0.0" in line
-    assert "s of local training in all, starting Ray takes 12 s, 1 blocks a round" in line
+    assert "s of local training in all without Ray, starting it takes 12 s, 1 blocks a round" in line
 
 
 def test_the_block_size_does_not_depend_on_the_machine_and_small_ones_cost_no_measurement(setup, monkeypatch):
