@@ -138,7 +138,10 @@ def write_work(folder: Path, work: str, *, cohort: int, rounds: int) -> None:
     np.save(folder / "inputs.npy", np.array(parts.store.rows[:, 0]))
     np.save(folder / "labels.npy", setup.labels)
     np.save(folder / "rows.npy", rows.reshape(cohort, -1))
-    plans = [epoch_orders(SEED, number, clients, counts, 1)[:, 0] for number in range(1, rounds + 1)]
+    plans = [
+        epoch_orders(SEED, number, clients, counts, epochs=1, batch_size=setup.config.training.batch_size)[:, 0]
+        for number in range(1, rounds + 1)
+    ]
     np.save(folder / "plans.npy", np.stack(plans))
     np.save(folder / "targets.npy", parts.objective.targets["clip"].numpy())
     np.save(folder / "centre.npy", parts.objective.centre["clip"].numpy())

@@ -78,12 +78,25 @@ def num_batches(counts: np.ndarray, batch_size: int) -> np.ndarray:
     return -(-counts // batch_size)
 
 
-def epoch_orders(seed: int, round_number: int, clients: np.ndarray, counts: np.ndarray, epochs: int) -> np.ndarray:
-    """A random order of each client's recordings for each epoch [K, E, max n_k]; -1 behind the last one.
+def epoch_orders(
+    seed: int, round_number: int, clients: np.ndarray, counts: np.ndarray, *, epochs: int, batch_size: int
+) -> np.ndarray:
+    """The order of each client's recordings in each epoch [K, E, max n_k]; -1 behind the last one.
 
-    Every recording gets a random word and they are sorted by it, the position breaking ties.
+    Every recording gets a random word and they are sorted by it, the position breaking ties. A client whose recordings
+    fit one batch keeps their order: within a batch it changes nothing.
     """
-    longest = int(counts.max())
+    positions = np.arange(int(counts.max()))
+    order = np.where(positions < counts[:, None], positions, -1)[:, None, :].repeat(epochs, axis=1)
+    several = np.flatnonzero(counts > batch_size)
+    if len(several):
+        order[several] = _shuffled(seed, round_number, clients[several], counts[several], epochs, len(positions))
+    return order
+
+
+def _shuffled(
+    seed: int, round_number: int, clients: np.ndarray, counts: np.ndarray, epochs: int, longest: int
+) -> np.ndarray:
     words = -(-longest // 4)
     client, epoch, word = np.broadcast_arrays(
         clients[:, None, None], np.arange(epochs)[:, None], np.arange(words)[None, :]
@@ -177,7 +190,7 @@ def lay_out(data: ClientRows, order: np.ndarray, *, batch_size: int) -> Batches:
 
 def training_batches(data: ClientRows, *, seed: int, round_number: int, epochs: int, batch_size: int) -> Batches:
     """The steps of local training: a new random order each epoch."""
-    order = epoch_orders(seed, round_number, data.client, data.counts, epochs)
+    order = epoch_orders(seed, round_number, data.client, data.counts, epochs=epochs, batch_size=batch_size)
     return lay_out(data, order, batch_size=batch_size)
 
 

@@ -28,9 +28,12 @@ from fedsim.models.adapters.layers import is_linear_weight
 from fedsim.models.adapters.shared_weight import SharedWeight
 from fedsim.types import AdapterState, Broadcast, ClassStats, ClientMetrics, unflatten_state
 
-ACTIVATION_BYTES = {"cpu": 12 * 2**20, "cuda": 2**30}
+CACHE_BYTES = {"cpu": 12 * 2**20, "cuda": 2**30}
+"""Activations of a stack that stay near the cores, by device."""
 OWN_BYTES = {"cpu": 96 * 2**20, "cuda": 4 * 2**30}
-"""Activations, and weights with gradients and optimiser state, of a stack that keep the hardware busy, by device."""
+"""Weights, gradients and optimiser state of a stack's clients, by device."""
+STEP_FLOP = {"cpu": 1e9, "cuda": 1e12}
+"""Arithmetic of a step beside which handing it to torch costs little; for it a stack may leave the caches, fourfold."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,24 @@ def local_training(config: Config) -> LocalTraining:
     )
 
 
-def client_bytes(state: Mapping[str, Tensor], *, batch_rows: int, how: LocalTraining) -> tuple[int, int]:
-    """Predicted memory of a client of a stack: activations; and its own weights, gradients and optimiser state."""
-    activations = 2 * batch_rows * sum(sum(t.shape) for name, t in state.items() if is_linear_weight(name))
+@dataclass(frozen=True)
+class ClientCosts:
+    """Of one client of a stack: bytes of activations, bytes of weights, gradients and state of its own, FLOP of a step."""
+
+    activation_bytes: int
+    own_bytes: int
+    step_flop: int
+
+
+def client_costs(state: Mapping[str, Tensor], *, batch_rows: int, how: LocalTraining) -> ClientCosts:
+    """Predicted from the adapter's tensors and the rows (recordings x segments) of a batch."""
+    weights = [tensor for name, tensor in state.items() if is_linear_weight(name)]
     copies = 4 if how.optimizer == "AdamW" else 3 if how.momentum else 2
-    own = 0 if how.linear_steps else copies * sum(t.numel() for t in state.values())
-    return 4 * activations, 4 * own
+    return ClientCosts(
+        activation_bytes=8 * batch_rows * sum(sum(weight.shape) for weight in weights),
+        own_bytes=0 if how.linear_steps else 4 * copies * sum(tensor.numel() for tensor in state.values()),
+        step_flop=6 * batch_rows * sum(weight.numel() for weight in weights),
+    )
 
 
 class StackTrainer:
@@ -87,9 +102,10 @@ class StackTrainer:
     def size(self, state: Mapping[str, Tensor]) -> int:
         """Clients of a stack, a power of two: a function of model and configuration, not of the memory at hand."""
         rows = self.how.batch_size * self._parts.adapter.input_shape[0]
-        device = self._parts.device.type
-        activations, own = client_bytes(state, batch_rows=rows, how=self.how)
-        fitting = min(ACTIVATION_BYTES[device] // max(activations, 1), OWN_BYTES[device] // max(own, 1))
+        costs, device = client_costs(state, batch_rows=rows, how=self.how), self._parts.device.type
+        near = CACHE_BYTES[device] // max(costs.activation_bytes, 1)
+        busy = min(int(STEP_FLOP[device]) // max(costs.step_flop, 1), 4 * near)
+        fitting = min(max(near, busy), OWN_BYTES[device] // max(costs.own_bytes, 1))
         return self._parts.model.max_clients or 1 << (max(1, fitting).bit_length() - 1)
 
     def train(self, data: ClientRows, broadcast: Broadcast, *, own: np.ndarray | None, most_steps: int) -> TrainedStack:

@@ -34,7 +34,7 @@ from fedsim.types import Block, Broadcast
 log = logging.getLogger(__name__)
 
 LEAST_CLIENTS, MOST_CLIENTS = 8, 4096
-BLOCKS_WANTED, FEWEST_BLOCKS = 16, 4
+BLOCKS_WANTED, FEWEST_BLOCKS = 16, 2
 BLOCK_FLOPS = 1e9
 """A block with less to compute costs more to hand out than to train; then blocks are made fewer."""
 BUDGET_BYTES = 256 * 2**20
@@ -54,7 +54,7 @@ class Machine:
 def choose_block_size(cohort: int, *, client_flops: float, client_bytes: float, budget: float = BUDGET_BYTES) -> int:
     """Clients of a block: a power of two, the same on every machine.
 
-    Sixteen blocks or more in a cohort, so that actors can share them evenly; fewer and larger ones, but four, where a
+    About sixteen blocks in a cohort, so that actors can share them evenly; fewer and larger ones, but two, where a
     client has little to compute; at least 8 clients and at most 4096; as few as the budget asks for.
 
     Args:
@@ -64,8 +64,9 @@ def choose_block_size(cohort: int, *, client_flops: float, client_bytes: float, 
         budget: bytes for all clients of a block.
     """
     little = min(BLOCK_FLOPS / max(client_flops, 1.0), cohort / FEWEST_BLOCKS)
-    wanted = min(max(cohort / BLOCKS_WANTED, little, LEAST_CLIENTS), MOST_CLIENTS, budget / max(client_bytes, 1.0))
-    return 1 << int(math.log2(max(wanted, 1.0)))
+    wanted = min(max(cohort / BLOCKS_WANTED, little, LEAST_CLIENTS), MOST_CLIENTS)
+    fitting = max(budget / max(client_bytes, 1.0), 1.0)
+    return 1 << min(math.ceil(math.log2(wanted)), int(math.log2(fitting)))
 
 
 def choose_actors(*, training_s: float, blocks: int, machine: Machine, resources: Resources) -> int:

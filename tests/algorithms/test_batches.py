@@ -14,8 +14,18 @@ from fedsim.algorithms.batches import ClientRows, epoch_orders, lay_out, num_bat
 COUNTS = [1, 3, 4, 5, 8, 13]  # ordered by batches of 4
 
 
-def orders(clients, counts, *, seed=0, round_number=1, epochs=1):
-    return epoch_orders(seed, round_number, np.asarray(clients), np.asarray(counts), epochs)
+def orders(clients, counts, *, seed=0, round_number=1, epochs=1, batch_size=1):
+    return epoch_orders(
+        seed, round_number, np.asarray(clients), np.asarray(counts), epochs=epochs, batch_size=batch_size
+    )
+
+
+def test_only_clients_with_several_batches_are_shuffled():
+    shuffled, kept = orders(range(6), COUNTS, epochs=2), orders(range(6), COUNTS, epochs=2, batch_size=4)
+    for k, count in enumerate(COUNTS):
+        wanted = [list(range(count))] * 2 if count <= 4 else shuffled[k, :, :count].tolist()
+        assert kept[k, :, :count].tolist() == wanted
+        assert (kept[k, :, count:] == -1).all()
 
 
 def test_an_epoch_takes_every_recording_once_in_a_new_order():
@@ -88,7 +98,10 @@ def test_consecutive_epochs_and_clients_are_unrelated():
 @pytest.mark.parametrize(("batch_size", "epochs"), [(1, 1), (4, 1), (4, 3), (5, 2), (64, 2)])
 def test_batches_follow_the_orders_and_only_the_last_of_an_epoch_is_padded_at_its_end(batch_size, epochs):
     data, how = clients_of(COUNTS), plain_sgd(batch_size=batch_size, local_epochs=epochs)
-    batches, order = steps_of(data, how), epoch_orders(3, 1, data.client, data.counts, epochs)
+    batches, order = (
+        steps_of(data, how),
+        epoch_orders(3, 1, data.client, data.counts, epochs=epochs, batch_size=batch_size),
+    )
     seen = [[[] for _ in COUNTS] for _ in range(2)]
     for batch in batches:
         assert batch.mask.shape == (len(COUNTS) - batch.first, batch_size)

@@ -56,7 +56,7 @@ def plain_fine_tuning(setup, which: str, *, epochs: int) -> dict[str, torch.Tens
     features = torch.from_numpy(np.array(parts.store.rows[rows]))
     lengths = torch.from_numpy(np.array(parts.store.lengths[rows]))
     labels = torch.from_numpy(setup.labels[rows])
-    orders = epoch_orders(7, 1, np.array([0]), np.array([len(rows)]), epochs)[0]
+    orders = epoch_orders(7, 1, np.array([0]), np.array([len(rows)]), epochs=epochs, batch_size=4)[0]
     for take in [batch for order in orders for batch in torch.from_numpy(order).split(4)]:
         hidden = model(features[take]).last_hidden_state[:, 2:]
         over_time = hidden.reshape(len(take), 2, 50, 32).mean(1)
