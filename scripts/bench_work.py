@@ -123,12 +123,12 @@ def opened(settings: dict[str, Any], run_dir: Path) -> Iterator[Any]:
 
 def write_work(folder: Path, work: str, *, cohort: int, rounds: int) -> None:
     """Everything another system needs to do the same work, as arrays: data, orders, targets and initial weights."""
+    import torch
+
     from fedsim.algorithms.batches import epoch_orders
     from fedsim.config import config_from_mapping
     from fedsim.federation.parts import build_parts, initial_state
     from fedsim.federation.setup import prepare
-
-    import torch
 
     setup = prepare(config_from_mapping(values(work, folder, cohort=cohort)))
     parts = build_parts(setup, torch.device("cpu"))

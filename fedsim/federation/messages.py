@@ -144,6 +144,7 @@ def _stats_problems(stats: ClassStats, block: Block, expected: Expected) -> Iter
 
 
 def all_finite(tensor: Tensor) -> bool:
+    """Whether every number of a tensor is finite; one pass where they are."""
     # A finite sum has finite terms; only where it isn't (it may have overflowed) they are looked at one by one.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 

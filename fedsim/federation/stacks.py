@@ -67,7 +67,7 @@ def local_training(config: Config) -> LocalTraining:
 
 @dataclass(frozen=True)
 class ClientCosts:
-    """Of one client of a stack: bytes of activations, bytes of weights, gradients and state of its own, FLOP of a step."""
+    """Of a client in a stack: bytes of activations; of weights, gradients and state of its own; FLOP of one step."""
 
     activation_bytes: int
     own_bytes: int

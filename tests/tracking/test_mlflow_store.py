@@ -120,6 +120,7 @@ def test_http_limits_hold_only_for_our_calls_and_never_beat_the_users(monkeypatc
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 
 
+@pytest.mark.slow
 def test_two_processes_create_one_store_at_once(tmp_path: Path) -> None:
     """Neither the first migration nor the experiment may be made twice."""
     code = (
