@@ -50,9 +50,10 @@ def timed(action: Callable[[], object]) -> float:
 
 def padding(setup: Any) -> float:
     """Share of the rows of a first cohort's batches that are padding."""
+    from fedsim.algorithms.batches import padding_share
+
     counts = setup.partition.counts_of(np.arange(setup.config.federation.cohort_size))
-    batch_size = setup.config.training.batch_size
-    return float(1 - counts.sum() / (-(-counts // batch_size) * batch_size).sum())
+    return padding_share(counts, setup.config.training.batch_size)
 
 
 def timed_rounds(

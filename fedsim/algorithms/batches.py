@@ -78,6 +78,11 @@ def num_batches(counts: np.ndarray, batch_size: int) -> np.ndarray:
     return -(-counts // batch_size)
 
 
+def padding_share(counts: np.ndarray, batch_size: int) -> float:
+    """Share of the rows of clients' batches that are padding, 0 to 1, from their recordings [K]."""
+    return 1.0 - float(counts.sum()) / float(num_batches(counts, batch_size).sum() * batch_size)
+
+
 def epoch_orders(
     seed: int, round_number: int, clients: np.ndarray, counts: np.ndarray, *, epochs: int, batch_size: int
 ) -> np.ndarray:
@@ -160,11 +165,6 @@ class Batches:
                 mask=self.mask[first:, step],
                 rows=rows[first:, step],
             )
-
-    @property
-    def padding(self) -> float:
-        """Share of the computed rows that are padding."""
-        return 1.0 - float(self.mask.sum()) / float(self.steps.sum() * self.mask.shape[2])
 
 
 def lay_out(data: ClientRows, order: np.ndarray, *, batch_size: int) -> Batches:

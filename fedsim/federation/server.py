@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from fedsim.algorithms.aggregation import make_aggregator
+from fedsim.algorithms.batches import padding_share
 from fedsim.algorithms.client_model import embed
 from fedsim.algorithms.evaluation import Evaluation, client_accuracies, evaluate, worst_tenth
 from fedsim.algorithms.sampling import order_cohort, sample_cohort
@@ -113,6 +114,9 @@ class Server:
             with clock("evaluate"):
                 metrics |= self._evaluate(averaged, stepped.adapter, cohort)
         metrics["clients/per_second"] = numbers.answered / clock.seconds["train"]
+        metrics["clients/padding"] = padding_share(
+            self.setup.partition.counts_of(cohort), self.config.training.batch_size
+        )
         up, down = self._bytes(cohort, broadcast, numbers)
         generator = self._step.generator_state()
         kept = ClientIndex() if self.clients is None else self.clients.commit()

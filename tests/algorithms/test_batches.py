@@ -9,7 +9,15 @@ import pytest
 import torch
 from clients import D, S, clients_of, joined, plain_sgd, steps_of
 
-from fedsim.algorithms.batches import ClientRows, epoch_orders, lay_out, num_batches, one_pass, training_batches
+from fedsim.algorithms.batches import (
+    ClientRows,
+    epoch_orders,
+    lay_out,
+    num_batches,
+    one_pass,
+    padding_share,
+    training_batches,
+)
 
 COUNTS = [1, 3, 4, 5, 8, 13]  # ordered by batches of 4
 
@@ -71,6 +79,14 @@ def test_training_takes_another_order_each_round_and_with_each_seed():
     ]
     assert plans[0] == plans[3]
     assert plans[0] != plans[1] != plans[2] != plans[0]
+
+
+def test_the_share_of_padding_is_that_of_the_masks():
+    batches = one_pass(clients_of(COUNTS), batch_size=4)
+    rows = float(batches.steps.sum() * 4)
+    assert padding_share(np.array(COUNTS), 4) == pytest.approx(1 - float(batches.mask.sum()) / rows)
+    assert padding_share(np.array([1, 5]), 4) == pytest.approx(0.5)  # 6 of 4 + 8 rows
+    assert padding_share(np.array([8, 4]), 4) == 0
 
 
 def chi_square(numbers: np.ndarray, kinds: int) -> float:
@@ -178,11 +194,6 @@ def test_parts_of_the_clients_have_the_same_batches(size):
             assert torch.equal(alone.mask[k, :steps], whole.mask[client, :steps])
             client += 1
     assert client == 6
-
-
-def test_the_share_of_padding():
-    assert steps_of(clients_of([1, 5]), plain_sgd()).padding == pytest.approx(0.5)  # 6 of 4 + 8 rows
-    assert steps_of(clients_of([4, 8, 8]), plain_sgd(local_epochs=3)).padding == 0.0
 
 
 def test_the_same_client_twice_gets_the_same_batches():
