@@ -28,12 +28,12 @@ from fedsim.models.adapters.layers import is_linear_weight
 from fedsim.models.adapters.shared_weight import SharedWeight
 from fedsim.types import AdapterState, Broadcast, ClassStats, ClientMetrics, unflatten_state
 
-CACHE_BYTES = {"cpu": 12 * 2**20, "cuda": 2**30}
+CACHE_BYTES = {"cpu": 20 * 2**20, "cuda": 2**30}
 """Activations of a stack that stay near the cores, by device."""
 OWN_BYTES = {"cpu": 96 * 2**20, "cuda": 4 * 2**30}
 """Weights, gradients and optimiser state of a stack's clients, by device."""
 STEP_FLOP = {"cpu": 1e9, "cuda": 1e12}
-"""Arithmetic of a step beside which handing it to torch costs little; for it a stack may leave the caches, fourfold."""
+"""Arithmetic of a step beside which handing it to torch costs little; for it a stack may leave the caches, threefold."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class StackTrainer:
         rows = self.how.batch_size * self._parts.adapter.input_shape[0]
         costs, device = client_costs(state, batch_rows=rows, how=self.how), self._parts.device.type
         near = CACHE_BYTES[device] // max(costs.activation_bytes, 1)
-        busy = min(int(STEP_FLOP[device]) // max(costs.step_flop, 1), 4 * near)
+        busy = min(int(STEP_FLOP[device]) // max(costs.step_flop, 1), 3 * near)
         fitting = min(max(near, busy), OWN_BYTES[device] // max(costs.own_bytes, 1))
         return self._parts.model.max_clients or 1 << (max(1, fitting).bit_length() - 1)
 

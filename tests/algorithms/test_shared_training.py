@@ -223,7 +223,9 @@ def test_the_sum_over_clients_is_that_of_weighted_deltas(how, count):
         )
 
 
-@pytest.mark.parametrize(("kind", "sizes"), [("factors", (16, 32, 64)), ("own weights", (1, 2, 4, 16, 64))])
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("factors", (SUM_GROUP, 2 * SUM_GROUP, 4 * SUM_GROUP)), ("own weights", (1, 2, 4, 16, 64))]
+)
 @pytest.mark.parametrize("count", [64, 39])
 def test_parts_cut_at_aligned_places_join_to_the_same_sum_bit_for_bit(kind, sizes, count):
     how, parts = SETTINGS[kind], wide_world(shapes={"clip": (16,)}, hidden=(32,))
