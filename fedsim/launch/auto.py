@@ -33,7 +33,7 @@ from fedsim.types import Block, Broadcast
 
 log = logging.getLogger(__name__)
 
-LEAST_CLIENTS, MOST_CLIENTS = 8, 4096
+LEAST_CLIENTS, MOST_CLIENTS = 16, 4096
 BLOCKS_WANTED, FEWEST_BLOCKS = 16, 2
 BLOCK_FLOPS = 1e9
 """A block with less to compute costs more to hand out than to train; then blocks are made fewer."""
@@ -55,7 +55,8 @@ def choose_block_size(cohort: int, *, client_flops: float, client_bytes: float, 
     """Clients of a block: a power of two, the same on every machine.
 
     About sixteen blocks in a cohort, so that actors can share them evenly; fewer and larger ones, but two, where a
-    client has little to compute; at least 8 clients and at most 4096; as few as the budget asks for.
+    client has little to compute. At least 16 clients, or a quarter of a small cohort, and at most 4096; as few as the
+    budget asks for.
 
     Args:
         cohort: clients of a round.
@@ -64,7 +65,8 @@ def choose_block_size(cohort: int, *, client_flops: float, client_bytes: float, 
         budget: bytes for all clients of a block.
     """
     little = min(BLOCK_FLOPS / max(client_flops, 1.0), cohort / FEWEST_BLOCKS)
-    wanted = min(max(cohort / BLOCKS_WANTED, little, LEAST_CLIENTS), MOST_CLIENTS)
+    least = min(LEAST_CLIENTS, max(cohort / 4, 1.0))
+    wanted = min(max(cohort / BLOCKS_WANTED, little, least), MOST_CLIENTS)
     fitting = max(budget / max(client_bytes, 1.0), 1.0)
     return 1 << min(math.ceil(math.log2(wanted)), int(math.log2(fitting)))
 

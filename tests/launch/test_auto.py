@@ -23,11 +23,10 @@ MUCH = 1e12  # FLOP
 @pytest.mark.parametrize(
     ("cohort", "wanted"),
     [
-        (1, 8),
-        (7, 8),
-        (10, 8),
-        (128, 8),
-        (129, 16),
+        (1, 1),
+        (7, 2),
+        (10, 4),
+        (100, 16),
         (256, 16),
         (1000, 64),
         (5000, 512),
@@ -35,7 +34,7 @@ MUCH = 1e12  # FLOP
         (1_000_000, 4096),
     ],
 )
-def test_about_sixteen_blocks_of_8_to_4096_clients(cohort, wanted):
+def test_about_sixteen_blocks_of_16_to_4096_clients(cohort, wanted):
     assert choose_block_size(cohort, client_flops=MUCH, client_bytes=1) == wanted
 
 
@@ -90,17 +89,17 @@ def test_a_block_is_measured_and_the_choice_is_said(setup, caplog):
     both = reconfigured(setup, "resources.block_size=auto", "resources.client_actors=auto")
     with caplog.at_level(logging.INFO, logger="fedsim"):
         resources = settle(both).config.resources
-    assert (resources.num_actors, resources.clients_per_block) == (0, 8)
+    assert (resources.num_actors, resources.clients_per_block) == (0, 4)
     (line,) = [record.getMessage() for record in caplog.records if record.name == "fedsim.launch.auto"]
-    assert line.startswith("resources: block_size 8, client_actors 0 (auto: cohort of 7, ")
-    assert "a block of 7 took 0.0" in line
-    assert "s of local training in all without Ray, starting it takes 12 s, 1 blocks a round" in line
+    assert line.startswith("resources: block_size 4, client_actors 0 (auto: cohort of 7, ")
+    assert "a block of 4 took 0.0" in line
+    assert "s of local training in all without Ray, starting it takes 12 s, 2 blocks a round" in line
 
 
 def test_the_block_size_does_not_depend_on_the_machine_and_small_ones_cost_no_measurement(setup, monkeypatch):
     monkeypatch.setattr(BlockTrainer, "train", None)
     only = reconfigured(setup, "resources.block_size=auto", "resources.client_actors=2")
-    assert settle(only).config.resources.clients_per_block == 8
+    assert settle(only).config.resources.clients_per_block == 4
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +151,8 @@ def test_a_run_writes_the_numbers_into_its_configuration(tmp_path):
     unsettled = tiny_config("resources.block_size=auto", "resources.client_actors=auto", "federation.global_rounds=1")
     result = session.run(unsettled, output=tmp_path / "run")
     resources = load_config(tmp_path / "run" / "config.yaml").resources
-    assert (resources.client_actors, resources.block_size) == (0, 8)
-    numbers = tiny_config("resources.block_size=8", "federation.global_rounds=1")
+    assert (resources.client_actors, resources.block_size) == (0, 4)
+    numbers = tiny_config("resources.block_size=4", "federation.global_rounds=1")
     assert result["digest"] == digest_after(prepare(numbers))
 
 
