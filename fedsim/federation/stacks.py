@@ -32,7 +32,7 @@ CACHE_BYTES = {"cpu": 20 * 2**20, "cuda": 2**30}
 """Activations of a stack that stay near the cores, by device."""
 OWN_BYTES = {"cpu": 96 * 2**20, "cuda": 4 * 2**30}
 """Weights, gradients and optimiser state of a stack's clients, by device."""
-STEP_FLOP = {"cpu": 1e9, "cuda": 1e12}
+STEP_FLOP = {"cpu": 5e8, "cuda": 1e12}
 """Arithmetic of a step beside which handing it to torch costs little; for it a stack may be three times as large."""
 
 

@@ -33,7 +33,7 @@ from fedsim.types import Block, Broadcast
 
 log = logging.getLogger(__name__)
 
-LEAST_CLIENTS, MOST_CLIENTS = 16, 4096
+LEAST_CLIENTS, MOST_CLIENTS = 16, 2048
 BLOCKS_WANTED, FEWEST_BLOCKS = 16, 2
 BLOCK_FLOPS = 1e9
 """A block with less to compute costs more to hand out than to train; then blocks are made fewer."""
@@ -55,7 +55,7 @@ def choose_block_size(cohort: int, *, client_flops: float, client_bytes: float, 
     """Clients of a block: a power of two, the same on every machine.
 
     About sixteen blocks in a cohort, so that actors can share them evenly; fewer and larger ones, but two, where a
-    client has little to compute. At least 16 clients, or a quarter of a small cohort, and at most 4096; as few as the
+    client has little to compute. At least 16 clients, or a quarter of a small cohort, and at most 2048; as few as the
     budget asks for.
 
     Args:

@@ -30,11 +30,11 @@ MUCH = 1e12  # FLOP
         (256, 16),
         (1000, 64),
         (5000, 512),
-        (65_536, 4096),
-        (1_000_000, 4096),
+        (65_536, 2048),
+        (1_000_000, 2048),
     ],
 )
-def test_about_sixteen_blocks_of_16_to_4096_clients(cohort, wanted):
+def test_about_sixteen_blocks_of_16_to_2048_clients(cohort, wanted):
     assert choose_block_size(cohort, client_flops=MUCH, client_bytes=1) == wanted
 
 
@@ -44,7 +44,7 @@ def test_clients_with_little_to_compute_go_out_in_larger_blocks(flops, wanted):
     assert choose_block_size(1000, client_flops=flops, client_bytes=1) == wanted
 
 
-@pytest.mark.parametrize(("budget_mb", "wanted"), [(6144, 4096), (100, 64), (95, 32), (1, 1), (0.1, 1)])
+@pytest.mark.parametrize(("budget_mb", "wanted"), [(6144, 2048), (100, 64), (95, 32), (1, 1), (0.1, 1)])
 def test_the_memory_budget_beats_all_else(budget_mb, wanted):
     size = choose_block_size(1_000_000, client_flops=1.0, client_bytes=1.5 * 2**20, budget=budget_mb * 2**20)
     assert size == wanted
