@@ -39,11 +39,12 @@ class LocalTraining:
     clip_norm: float
     local_epochs: int
     precision: str = "float32"
+    proximal_weight: float = 0.0
 
     @property
     def linear_steps(self) -> bool:
-        """Whether a step only adds a multiple of the gradient (plain SGD)."""
-        return self.optimizer == "SGD" and not self.momentum and not self.weight_decay
+        """Whether a step only adds a multiple of the loss's gradient (plain SGD)."""
+        return self.optimizer == "SGD" and not (self.momentum or self.weight_decay or self.proximal_weight)
 
 
 @dataclass
@@ -115,10 +116,13 @@ def train_stack(
         state=lambda name, shape: buffers.get(name, shape, batches.mask.device),
     )
     losses = torch.zeros(len(steps), dtype=torch.float64, device=batches.mask.device)
+    start = {name: _start(p) for name, p in params.items()} if how.proximal_weight else {}
     for step, batch in enumerate(batches):
         first = batch.first
         active = {name: p[first:] for name, p in params.items()}
         loss, grads = loss_and_grads(model, active, batch, objective=objective, precision=how.precision)
+        if start and step:  # in the first step it is zero
+            _pull_back(active, grads, start, first=first, weight=how.proximal_weight)
         if how.clip_norm:
             clip_(grads, how.clip_norm)
         if step == 0:
@@ -128,6 +132,22 @@ def train_stack(
         losses[first:] += torch.where(last_epoch[first:] <= step, loss * batch.rows, 0.0)
     mean: np.ndarray = losses.cpu().numpy() / batches.data.counts
     return mean
+
+
+def _start(p: Tensor | SharedWeight) -> Tensor:
+    """Where clients start, kept: [D, O] where they share it, else [K, ...]."""
+    return p.shared if isinstance(p, SharedWeight) else p.clone()
+
+
+def _pull_back(
+    params: StackParams, grads: Gradients, start: Mapping[str, Tensor], *, first: int, weight: float
+) -> None:
+    """Add the gradient of weight / 2 * |theta - start|^2, the proximal term of FedProx (Li et al. 2020, equation 2)."""
+    for name, p in params.items():
+        grad, origin = grads[name], start[name]
+        assert isinstance(p, Tensor)  # multiplied out: its steps aren't linear
+        assert isinstance(grad, Tensor)
+        grads[name] = grad + weight * (p - (origin[first:] if origin.ndim == p.ndim else origin))
 
 
 def _multiply_out(

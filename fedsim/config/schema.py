@@ -179,6 +179,7 @@ class Training(Section):
     cosine_weight: float = key(0.0, "weight of 1 - cosine to the class's own target", ge=0)
     contrastive_weight: float = key(0.0, "weight of the contrastive term (cosine to all class targets)", ge=0)
     contrastive_temperature: float = key(0.07, "temperature of the contrastive term", gt=0)
+    proximal_weight: float = key(0.0, "FedProx: weight of |theta - global|^2 / 2 in a client's loss", ge=0)
     precision: Literal["float32", "bfloat16"] = key(
         "float32", "of the matrix products in local training; bfloat16 by autocast, weights and sums stay float32"
     )

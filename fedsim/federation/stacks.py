@@ -62,6 +62,7 @@ def local_training(config: Config) -> LocalTraining:
         clip_norm=training.clip_norm,
         local_epochs=config.federation.local_epochs,
         precision=training.precision,
+        proximal_weight=training.proximal_weight,
     )
 
 

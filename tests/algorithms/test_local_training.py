@@ -110,6 +110,7 @@ def plain_loop(data, *, how, contrastive_weight=0.0):
     """What a textbook does with one client: torch.optim on leaves, real rows only, the loss spelt out."""
     adapter, objective, _ = world(contrastive_weight=contrastive_weight)
     params = {name: p.requires_grad_() for name, p in stack(adapter.init(0)).items()}
+    start = {name: p.detach().clone() for name, p in params.items()}
     if how.optimizer == "AdamW":
         optimizer = torch.optim.AdamW(params.values(), lr=how.learning_rate, weight_decay=how.weight_decay)
     else:
@@ -129,6 +130,7 @@ def plain_loop(data, *, how, contrastive_weight=0.0):
                     (out[0] - targets.mean(0)).flatten(1).unsqueeze(1), centred.unsqueeze(0), dim=2
                 )
                 loss = loss + contrastive_weight * torch.nn.functional.cross_entropy(cosine / 0.5, labels)
+        loss = loss + how.proximal_weight / 2 * sum(((p - start[n]) ** 2).sum() for n, p in params.items())
         optimizer.zero_grad()
         loss.backward()
         if how.clip_norm:
@@ -144,6 +146,8 @@ def plain_loop(data, *, how, contrastive_weight=0.0):
         {"clip_norm": 0.0},
         {"optimizer": "SGD", "momentum": 0.9},
         {"optimizer": "SGD", "weight_decay": 0.0, "clip_norm": 0.1},
+        {"optimizer": "SGD", "weight_decay": 0.0, "clip_norm": 0.0, "proximal_weight": 5.0},
+        {"proximal_weight": 1.0},
     ],
     ids=str,
 )
