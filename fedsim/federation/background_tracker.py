@@ -41,7 +41,11 @@ class BackgroundTracker:
         return self._opening.result()
 
     def address(self) -> tuple[str, str] | None:
-        """See `Tracker.address`."""
+        """See `Tracker.address`; waits until all is recorded that was handed on.
+
+        It goes into a checkpoint, and a resume after a crash doesn't record the rounds before its checkpoint again.
+        """
+        self._settle(most=0)
         return self.opened().address()
 
     def log_round(self, result: RoundResult) -> None:

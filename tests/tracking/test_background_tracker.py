@@ -54,6 +54,17 @@ def test_rounds_do_not_wait_and_are_written_in_order(make_result: MakeResult) ->
     assert slow.told[-2:] == ["FINISHED", "FINISHED"]
 
 
+def test_the_address_waits_for_all_records_as_a_checkpoint_must_not_be_ahead_of_them(make_result: MakeResult) -> None:
+    slow = Slow()
+    tracker = BackgroundTracker(lambda: slow)
+    for number in range(1, 4):
+        tracker.log_round(make_result(number))
+    threading.Timer(0.1, slow.go.set).start()
+    assert tracker.address() == ("run", "store")
+    assert slow.told == [1, 2, 3]
+    tracker.finish("FINISHED", {}, {})
+
+
 def test_no_more_than_so_many_records_wait(make_result: MakeResult) -> None:
     slow = Slow()
     tracker = BackgroundTracker(lambda: slow)
