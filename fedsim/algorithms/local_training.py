@@ -71,14 +71,13 @@ def shared_start(state: Mapping[str, Tensor], clients: int) -> dict[str, Tensor 
     }
 
 
-def keeps_factors(weight: SharedWeight, grad: OuterProduct, *, steps: int, how: LocalTraining) -> bool:
-    """Whether the weights should stay a shared matrix plus outer products for all steps.
+def keeps_factors(shape: tuple[int, int], *, rows: int, steps: int, how: LocalTraining) -> bool:
+    """Whether weights of this shape (D, O) should stay a shared matrix plus outer products of N `rows` for all steps.
 
     It must be exact (a step adds a multiple of the gradient), and less work than weights of every client's own: with
     R = steps * rows of rank, R (D + O) <= D O. One step alone never meets its own outer product.
     """
-    rows, (in_dim, out_dim) = grad.x.shape[1], weight.shared.shape
-    return how.linear_steps and (steps == 1 or steps * rows * (in_dim + out_dim) <= in_dim * out_dim)
+    return how.linear_steps and (steps == 1 or steps * rows * sum(shape) <= shape[0] * shape[1])
 
 
 def train_stack(
@@ -158,7 +157,7 @@ def _multiply_out(
         grad = grads[name]
         if not (isinstance(p, SharedWeight) and isinstance(grad, OuterProduct)):
             continue
-        if not keeps_factors(p, grad, steps=steps, how=how):
+        if not keeps_factors((p.shape[1], p.shape[2]), rows=grad.x.shape[1], steps=steps, how=how):
             params[name] = p.dense(buffers.get(name, p.shape, p.shared.device))
             grads[name] = grad.dense(buffers.get(f"{name} gradient", p.shape, p.shared.device))
 

@@ -21,6 +21,7 @@ from fedsim.algorithms.batches import ClientRows, num_batches
 from fedsim.algorithms.row_sample import sample_rows
 from fedsim.errors import ClientError, FedsimError
 from fedsim.federation.memory import keep_freed_memory
+from fedsim.federation.messages import shown
 from fedsim.federation.parts import Parts, build_parts, rows_of
 from fedsim.federation.setup import Setup
 from fedsim.federation.stacks import StackTrainer, TrainedStack, join_metrics
@@ -29,7 +30,6 @@ from fedsim.types import Block, BlockUpdate, Broadcast, concatenate_stats
 
 log = logging.getLogger(__name__)
 TrainStack = Callable[[ClientRows, np.ndarray | None], TrainedStack]
-NAMES_SHOWN = 8
 
 
 def make_blocks(cohort: np.ndarray, block_size: int) -> list[Block]:
@@ -82,18 +82,19 @@ class BlockTrainer:
         except FedsimError:
             raise
         except Exception as error:
-            shown = ", ".join(self._setup.client_name(int(client)) for client in block.client_ids[:NAMES_SHOWN])
-            more = f" and {len(block.client_ids) - NAMES_SHOWN} more" if len(block.client_ids) > NAMES_SHOWN else ""
             raise ClientError(
                 f"local training failed in round {broadcast.round_number}, block {block.index}, "
-                f"client(s) {shown}{more}: {type(error).__name__}: {error}"
+                f"client(s) {shown(block.client_ids, self._setup.client_name)}: {type(error).__name__}: {error}"
             ) from error
 
     def _train(self, block: Block, broadcast: Broadcast, data: ClientRows) -> BlockUpdate:
         start = time.perf_counter()
         most_steps = self._stacks.how.local_epochs * int(num_batches(data.counts[-1:], self._stacks.how.batch_size)[0])
-        train = partial(self._train_stack, block=block, broadcast=broadcast, most_steps=most_steps)
-        trained = self._join(data, block.own, self._stacks.size(broadcast.adapter), broadcast, train)
+        costs = self._stacks.costs(broadcast, most_steps=most_steps, own=block.own is not None)
+        # Outer products are added in groups of a fixed size; in smaller ones the sum would have other bits.
+        least = SUM_GROUP if costs.may_share else 1
+        train = partial(self._train_stack, block=block, broadcast=broadcast, most_steps=most_steps, least=least)
+        trained = self._join(data, block.own, self._stacks.size(costs), broadcast, train)
         return BlockUpdate(
             index=block.index,
             delta_sum=trained.delta_sum and {name: tensor.cpu() for name, tensor in trained.delta_sum.items()},
@@ -105,19 +106,27 @@ class BlockTrainer:
         )
 
     def _train_stack(
-        self, data: ClientRows, own: np.ndarray | None, *, block: Block, broadcast: Broadcast, most_steps: int
+        self,
+        data: ClientRows,
+        own: np.ndarray | None,
+        *,
+        block: Block,
+        broadcast: Broadcast,
+        most_steps: int,
+        least: int,
     ) -> TrainedStack:
-        """Train a stack; when memory runs out, its halves, with the same bits: clients don't depend on neighbours."""
+        """Train a stack; when memory runs out, its halves, with the same bits: clients don't depend on neighbours.
+
+        A stack of `least` clients isn't halved.
+        """
         try:
             return self._stacks.train(data, broadcast, own=own, most_steps=most_steps)
         except (MemoryError, RuntimeError) as error:
-            # Outer products are added in groups of a fixed size; in smaller ones the sum would have other bits.
-            least = SUM_GROUP if self._stacks.how.linear_steps else 1
             if len(data) <= least or not _out_of_memory(error):
                 raise
         log.warning("out of memory with %d clients at once in block %d: training halves", len(data), block.index)
         half = 1 << ((len(data) - 1).bit_length() - 1)  # both halves are subtrees of the sum
-        train = partial(self._train_stack, block=block, broadcast=broadcast, most_steps=most_steps)
+        train = partial(self._train_stack, block=block, broadcast=broadcast, most_steps=most_steps, least=least)
         return self._join(data, own, half, broadcast, train)
 
     def _join(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +17,14 @@ from fedsim.algorithms.aggregation import make_aggregator
 from fedsim.algorithms.batches import ClientRows, training_batches
 from fedsim.algorithms.client_model import embed
 from fedsim.algorithms.evaluation import evaluate
-from fedsim.algorithms.local_training import Buffers, LocalTraining, shared_start, train_stack, weighted_deltas
+from fedsim.algorithms.local_training import (
+    Buffers,
+    LocalTraining,
+    keeps_factors,
+    shared_start,
+    train_stack,
+    weighted_deltas,
+)
 from fedsim.algorithms.optimizers import StackParams
 from fedsim.algorithms.statistics import LocalEvaluation, empty_stats, evaluate_stack
 from fedsim.config.schema import Config
@@ -25,7 +33,7 @@ from fedsim.federation.messages import all_finite
 from fedsim.federation.parts import Parts, adapter_part, rows_of
 from fedsim.federation.setup import Setup
 from fedsim.models.adapters.layers import is_linear_weight
-from fedsim.models.adapters.shared_weight import SharedWeight
+from fedsim.models.adapters.shared_weight import SharedWeight, multiplied_out
 from fedsim.types import AdapterState, Broadcast, ClassStats, ClientMetrics, unflatten_state
 
 CACHE_BYTES = {"cpu": 20 * 2**20, "cuda": 2**30}
@@ -68,21 +76,46 @@ def local_training(config: Config) -> LocalTraining:
 
 @dataclass(frozen=True)
 class ClientCosts:
-    """Of a client in a stack: bytes of activations; of weights, gradients and state of its own; FLOP of one step."""
+    """Of a client in a stack, predicted.
+
+    Attributes:
+        activation_bytes: activations of one step.
+        own_bytes: weights, gradients and optimiser state of its own.
+        step_flop: arithmetic of one step.
+        may_share: whether weights may stay shared to the end.
+    """
 
     activation_bytes: int
     own_bytes: int
     step_flop: int
+    may_share: bool
 
 
-def client_costs(state: Mapping[str, Tensor], *, batch_rows: int, how: LocalTraining) -> ClientCosts:
-    """Predicted from the adapter's tensors and the rows (recordings x segments) of a batch."""
-    weights = [tensor for name, tensor in state.items() if is_linear_weight(name)]
+def client_costs(
+    state: Mapping[str, Tensor], *, segments: int, steps: int, how: LocalTraining, apart: bool
+) -> ClientCosts:
+    """What the adapter's tensors and the rows of a batch come to: recordings, times segments before they are joined.
+
+    Args:
+        state: the adapter.
+        segments: of a recording.
+        steps: of the block's longest client.
+        how: optimiser and batch settings.
+        apart: every client has weights of its own from the start, or its update is wanted whole.
+    """
+    weights = {name: tensor for name, tensor in state.items() if is_linear_weight(name)}
+
+    def shared(rows: int) -> set[str]:
+        keeps = partial(keeps_factors, rows=rows, steps=steps, how=how)
+        return {name for name, weight in weights.items() if not apart and keeps((weight.shape[0], weight.shape[1]))}
+
+    batch_rows, kept = how.batch_size * segments, shared(how.batch_size * segments)
     copies = 4 if how.optimizer == "AdamW" else 3 if how.momentum else 2
     return ClientCosts(
-        activation_bytes=8 * batch_rows * sum(sum(weight.shape) for weight in weights),
-        own_bytes=0 if how.linear_steps else 4 * copies * sum(tensor.numel() for tensor in state.values()),
-        step_flop=6 * batch_rows * sum(weight.numel() for weight in weights),
+        activation_bytes=8 * batch_rows * sum(sum(weight.shape) for weight in weights.values()),
+        own_bytes=4 * copies * sum(tensor.numel() for name, tensor in state.items() if name not in kept),
+        step_flop=6 * batch_rows * sum(weight.numel() for weight in weights.values()),
+        may_share=bool(shared(how.batch_size)),
     )
 
 
@@ -100,10 +133,19 @@ class StackTrainer:
         self.how = local_training(setup.config)
         self._buffers = Buffers()
 
-    def size(self, state: Mapping[str, Tensor]) -> int:
+    def costs(self, broadcast: Broadcast, *, most_steps: int, own: bool) -> ClientCosts:
+        """Of a client of a block whose longest takes `most_steps`; `own` where clients start from their own tensors."""
+        return client_costs(
+            broadcast.adapter,
+            segments=self._parts.adapter.input_shape[0],
+            steps=most_steps,
+            how=self.how,
+            apart=own or self._aggregator.needs_updates,
+        )
+
+    def size(self, costs: ClientCosts) -> int:
         """Clients of a stack, a power of two: a function of model and configuration, not of the memory at hand."""
-        rows = self.how.batch_size * self._parts.adapter.input_shape[0]
-        costs, device = client_costs(state, batch_rows=rows, how=self.how), self._parts.device.type
+        device = self._parts.device.type
         near = CACHE_BYTES[device] // max(costs.activation_bytes, 1)
         busy = min(int(STEP_FLOP[device]) // max(costs.step_flop, 1), 3 * near)
         fitting = min(max(near, busy), OWN_BYTES[device] // max(costs.own_bytes, 1))
@@ -175,7 +217,7 @@ class StackTrainer:
 
     def _updates(self, params: StackParams, broadcast: Broadcast) -> np.ndarray:
         """Flat rows [K, P]: the trained tensors where clients are kept apart, else local - global."""
-        own = {name: p.dense() if isinstance(p, SharedWeight) else p for name, p in params.items()}
+        own = multiplied_out(params)
         if not self._aggregator.keeps_clients_apart:
             own = {name: p - broadcast.adapter[name] for name, p in own.items()}
         return torch.cat([own[name].flatten(1).cpu() for name in sorted(own)], dim=1).numpy()
@@ -186,7 +228,7 @@ class StackTrainer:
             return np.full(clients, np.nan)
         parts, rows = self._parts, self._setup.test_rows
         labels = torch.from_numpy(self._setup.labels[rows]).to(parts.device)
-        dense = {name: p.dense() if isinstance(p, SharedWeight) else p for name, p in params.items()}
+        dense = multiplied_out(params)
         scores = []
         for k in range(clients):
             own = {name: p[k] for name, p in dense.items()}
@@ -201,9 +243,8 @@ class StackTrainer:
         The sum was made in the stack's own memory: what isn't finite has spread to clients before, never behind.
         """
         good = np.isfinite(losses)
-        for p in params.values():
-            dense = p.dense() if isinstance(p, SharedWeight) else p
-            good &= torch.isfinite(dense).flatten(1).all(1).cpu().numpy()
+        for p in multiplied_out(params).values():
+            good &= torch.isfinite(p).flatten(1).all(1).cpu().numpy()
         bad = len(good) - 1 - int(np.argmin(good[::-1]))
         name = self._setup.client_name(int(clients[bad])) if not good[bad] else "unknown (the sum overflows)"
         raise ClientError(

@@ -17,6 +17,7 @@ from fedsim.federation.blocks import BlockTrainer
 from fedsim.federation.parts import build_parts, initial_state
 from fedsim.federation.setup import Setup, prepare
 from fedsim.federation.stacks import StackTrainer, local_training
+from fedsim.models.adapters.layers import is_linear_weight
 from fedsim.models.adapters.shared_weight import SUM_GROUP
 from fedsim.models.saved import digest
 from fedsim.types import Broadcast, flatten_state
@@ -151,13 +152,44 @@ def test_the_client_whose_update_is_not_finite_is_named_also_where_its_loss_is(s
         assert all(tensor.isfinite().all() for tensor in fine.delta_sum.values())
 
 
+def test_own_weights_are_counted_wherever_clients_get_some(setup):
+    sgd, adamw = reconfigured(setup, *PLAIN_SGD), reconfigured(setup, NO_STEP)
+    robust = reconfigured(setup, *PLAIN_SGD, "feda2v.adapter_aggregation_mode=median")
+    broadcast = broadcast_of(sgd)
+    numbers = flatten_state(broadcast.adapter).numel()
+    biases = sum(t.numel() for name, t in broadcast.adapter.items() if not is_linear_weight(name))
+
+    def own(world: Setup, *, steps: int = 1, own: bool = False) -> tuple[int, bool]:
+        costs = StackTrainer(world, build_parts(world, CPU)).costs(broadcast, most_steps=steps, own=own)
+        return costs.own_bytes, costs.may_share
+
+    assert own(sgd) == (8 * biases, True)
+    assert own(sgd, steps=1000) == (8 * numbers, False)
+    assert own(sgd, own=True) == (8 * numbers, False)
+    assert own(robust) == (8 * numbers, False)
+    assert own(adamw) == (16 * numbers, False)
+
+
+def test_a_stack_of_own_weights_under_sgd_is_halved_to_single_clients(many, caplog):
+    setup = reconfigured(many, *MANY, "training.batch_size=1", "federation.local_epochs=8")
+    block, broadcast = block_of(*np.argsort(many.partition.counts_of(np.arange(40)), kind="stable")), broadcast_of(many)
+    whole = BlockTrainer(setup, CPU).train(block, broadcast)
+    trainer = BlockTrainer(setup, CPU)
+    scarce(trainer, 1)
+    with caplog.at_level(logging.WARNING, logger="fedsim"):
+        halved = trainer.train(block, broadcast)
+    assert "out of memory with 2 clients at once" in caplog.text
+    assert all(torch.equal(halved.delta_sum[name], total) for name, total in whole.delta_sum.items())
+
+
 @pytest.mark.parametrize("overrides", [(NO_STEP,), PLAIN_SGD], ids=["AdamW", "plain SGD"])
 def test_the_size_of_a_stack_is_a_power_of_two_that_shrinks_with_the_work_of_a_client(setup, overrides):
     sizes = []
     for width, batch_size in ((16, 4), (256, 4), (256, 64), (4096, 512)):
         wide = (f"model.adapters.clip.hidden=[{width}]", f"training.batch_size={batch_size}")
         other = reconfigured(setup, *overrides, *wide)
-        sizes.append(StackTrainer(other, build_parts(other, CPU)).size(broadcast_of(other).adapter))
+        stacks = StackTrainer(other, build_parts(other, CPU))
+        sizes.append(stacks.size(stacks.costs(broadcast_of(other), most_steps=1, own=False)))
     assert all(size & (size - 1) == 0 and size >= 1 for size in sizes)
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > sizes[-1]

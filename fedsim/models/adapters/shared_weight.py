@@ -10,7 +10,7 @@ Legend: K clients, N rows per client and step, D input width, O output width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,6 +138,11 @@ class SharedWeight:
                 rows = slice(max(group * SUM_GROUP - at, 0), (group + 1) * SUM_GROUP - at)
                 total[group].addmm_(x[rows].flatten(0, 1).T, g[rows].flatten(0, 1), beta=kept, alpha=alpha)
         return total
+
+
+def multiplied_out(params: Mapping[str, Tensor | SharedWeight]) -> dict[str, Tensor]:
+    """A stack of parameters with every client's own [K, ...]."""
+    return {name: p.dense() if isinstance(p, SharedWeight) else p for name, p in params.items()}
 
 
 def _shared_product(x: Tensor, weight: Tensor) -> Tensor:
