@@ -9,7 +9,6 @@ W-real   ESC-10 through YAMNet (real embeddings), 1000 clients that draw from it
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import statistics
@@ -204,14 +203,6 @@ def process_start() -> float:
     booted = next(int(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if "btime" in line)
     uptime = float(Path("/proc/uptime").read_text().split()[0])
     return max(booted + ticks / os.sysconf("SC_CLK_TCK"), time.time() - uptime)
-
-
-def digest(state: dict[str, np.ndarray]) -> str:
-    """SHA-256 over tensors in name order."""
-    sha = hashlib.sha256()
-    for name in sorted(state):
-        sha.update(np.ascontiguousarray(state[name]).tobytes())
-    return sha.hexdigest()
 
 
 def peak_gflops(size: int = 2048, *, repeats: int = 5) -> float:

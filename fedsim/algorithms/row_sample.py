@@ -74,7 +74,8 @@ class RowCollector:
     """The sample of a cohort from tables that arrive one by one, in any order; memory for 2k rows, taken once.
 
     Rows below the threshold so far are turned away before they are copied: of n rows in all, about k * log(n / k)
-    are ever moved. All tables have the same heads and, all or none, variances; empty ones may lack them.
+    are ever moved, and nothing of a table that came is kept. All tables have the same heads and, all or none,
+    variances; empty ones may lack them.
 
     Args:
         limit: k.
@@ -93,7 +94,7 @@ class RowCollector:
         stats = self._cut(self._promising(stats) if self._threshold else stats)
         self._threshold = max(self._threshold, stats.threshold)
         if not len(stats):
-            self._empty = self._empty or stats
+            self._empty = self._empty or _room_for(stats, 0)
             return
         if self._room is None:
             self._room = _room_for(stats, 2 * self._limit)

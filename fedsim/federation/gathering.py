@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Protocol, overload
 
 import numpy as np
-import torch
 
 from fedsim.algorithms.aggregation import Aggregator, Joined, SumTree
 from fedsim.algorithms.evaluation import worst_tenth
@@ -188,7 +187,7 @@ class Numbers:
             values[start : start + count] = getattr(update.metrics, name)
         self.answered += count
         self.stats_bytes += stats_bytes(update.stats)
-        self._rows.add(_copied(update.stats))
+        self._rows.add(update.stats)
 
     def stats(self) -> ClassStats:
         """The sample of the round's class statistics, by client and class."""
@@ -204,20 +203,3 @@ class Numbers:
             metrics["eval/top1_personal"] = float(held_out.mean())
             metrics["eval/top1_personal_worst10"] = worst_tenth(held_out)
         return metrics
-
-
-def _copied(stats: ClassStats) -> ClassStats:
-    """The same table in memory of its own."""
-
-    def own(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.clone()
-
-    return replace(
-        stats,
-        client=np.array(stats.client),
-        label=np.array(stats.label),
-        count=np.array(stats.count),
-        audio_mean=own(stats.audio_mean),
-        audio_var=None if stats.audio_var is None else own(stats.audio_var),
-        output_mean={head: own(mean) for head, mean in stats.output_mean.items()},
-    )
