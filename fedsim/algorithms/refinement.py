@@ -24,7 +24,7 @@ from fedsim.algorithms.generation import class_means
 from fedsim.algorithms.objective import Objective
 from fedsim.errors import ModelError
 from fedsim.models.adapters import Adapter, stack, unstack
-from fedsim.models.generators.networks import adamw
+from fedsim.models.generators.networks import AdamW
 from fedsim.models.generators.rows import class_draws, class_shares
 from fedsim.types import AdapterState, ClassStats
 
@@ -162,7 +162,7 @@ def refine(
     real = real_rows(stats, 1 - share)
     # In name order: a norm's bits depend on it, and names come back from a checkpoint in another one.
     params = {name: p.requires_grad_() for name, p in sorted(stack(averaged).items())}
-    optimizer = adamw(params.values(), how.learning_rate, weight_decay=0.0)
+    optimizer = AdamW(params.values(), how.learning_rate, weight_decay=0.0, clip_norm=CLIP_NORM)
     loss = float("nan")
     with torch.no_grad():
         before = float(weighted_loss(adapter, params, held_out, objective, targets))
@@ -183,7 +183,7 @@ def _epoch(
     rows: Rows,
     objective: Objective,
     targets: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     batch_size: int,
     stream: np.random.Generator,
 ) -> float:
@@ -192,10 +192,7 @@ def _epoch(
     for batch in torch.split(torch.from_numpy(stream.permutation(len(rows.labels))), batch_size):
         part = Rows(*(column[batch] for column in _columns(rows)))
         loss = weighted_loss(adapter, params, part, objective, targets)
-        optimizer.zero_grad()
         # Scaled to an unbiased estimate of the whole weighted loss.
-        (loss * (len(rows.labels) / len(batch))).backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(params.values(), CLIP_NORM, foreach=False)
-        optimizer.step()
+        optimizer.step(loss * (len(rows.labels) / len(batch)))
         losses.append(loss.detach())
     return float(torch.stack(losses).double().sum())

@@ -13,14 +13,12 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from fedsim.errors import ModelError
 from fedsim.models.generators.networks import (
-    adamw,
-    load_optimizer,
-    optimizer_state,
+    AdamW,
     part,
     perceptron,
     require_finite,
@@ -40,7 +38,6 @@ from fedsim.seeding import normal, rng
 from fedsim.types import ClassStats
 
 INSTANCE_NOISE = 0.1
-CLIP_NORM = 5.0
 
 
 class Gan:
@@ -76,8 +73,8 @@ class Gan:
         )
         judge = perceptron([size + condition_dim, hidden, hidden, 1], rng(self._seed, "generator-init", "judge"))
         self._maker, self._judge = maker.to(device), judge.to(device)
-        self._maker_optimizer = adamw(self._maker.parameters(), self._learning_rate, (0.5, 0.999))
-        self._judge_optimizer = adamw(self._judge.parameters(), self._learning_rate, (0.5, 0.999))
+        self._maker_optimizer = AdamW(self._maker.parameters(), self._learning_rate, (0.5, 0.999))
+        self._judge_optimizer = AdamW(self._judge.parameters(), self._learning_rate, (0.5, 0.999))
         self._shape = (segments, dim, condition_dim)
         return self._shape
 
@@ -116,9 +113,11 @@ class Gan:
             rows, v = x[batch], condition[torch.from_numpy(labels[batch])]
             real, fake = self._verdict(rows, v, stream), self._verdict(self._make(v, stream).detach(), v, stream)
             judged = functional.softplus(-real) + functional.softplus(fake)
-            self._update(self._judge, self._judge_optimizer, judged.mean(), "GAN discriminator")
+            require_finite(judged.mean(), "GAN discriminator")
+            self._judge_optimizer.step(judged.mean())
             made = functional.softplus(-self._verdict(self._make(v, stream), v, stream))
-            self._update(self._maker, self._maker_optimizer, made.mean(), "GAN generator")
+            require_finite(made.mean(), "GAN generator")
+            self._maker_optimizer.step(made.mean())
             columns = {
                 "loss": made,
                 "discriminator": judged,
@@ -127,14 +126,6 @@ class Gan:
             }
             losses.add(labels[batch], columns)
         return losses.means()
-
-    @staticmethod
-    def _update(network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, what: str) -> None:
-        require_finite(loss, what)
-        network.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(network.parameters(), CLIP_NORM, foreach=False)
-        optimizer.step()
 
     @torch.no_grad()
     def sample(self, condition: Tensor, n: int, *, stream: np.random.Generator) -> Tensor:
@@ -156,8 +147,8 @@ class Gan:
         tensors = {
             "maker": self._maker.state_dict(),
             "judge": self._judge.state_dict(),
-            "maker_optimizer": optimizer_state(self._maker_optimizer),
-            "judge_optimizer": optimizer_state(self._judge_optimizer),
+            "maker_optimizer": self._maker_optimizer.state(),
+            "judge_optimizer": self._judge_optimizer.state(),
         }
         flat = {f"{group}.{name}": tensor.clone() for group, state in tensors.items() for name, tensor in state.items()}
         return flat | {
@@ -174,6 +165,6 @@ class Gan:
         self._build(segments, dim, condition_dim, state["mean"].device)
         self._maker.load_state_dict(part(state, "maker"))
         self._judge.load_state_dict(part(state, "judge"))
-        load_optimizer(self._maker_optimizer, part(state, "maker_optimizer"))
-        load_optimizer(self._judge_optimizer, part(state, "judge_optimizer"))
+        self._maker_optimizer.load(part(state, "maker_optimizer"))
+        self._judge_optimizer.load(part(state, "judge_optimizer"))
         self._standard = Standardizer(state["mean"], state["deviation"])

@@ -29,9 +29,7 @@ from torch.nn import functional
 
 from fedsim.errors import ModelError
 from fedsim.models.generators.networks import (
-    adamw,
-    load_optimizer,
-    optimizer_state,
+    AdamW,
     part,
     perceptron,
     require_finite,
@@ -52,7 +50,6 @@ from fedsim.types import ClassStats
 
 log = logging.getLogger(__name__)
 INPUT_NOISE = 0.1
-CLIP_NORM = 5.0
 
 
 class Vae:
@@ -104,7 +101,7 @@ class Vae:
             [self._latent_dim + condition_dim, hidden, hidden, size], rng(self._seed, "generator-init", "decoder")
         )
         self._network = nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(device)
-        self._optimizer = adamw(self._network.parameters(), self._learning_rate, (0.9, 0.999))
+        self._optimizer = AdamW(self._network.parameters(), self._learning_rate, (0.9, 0.999))
         self._residual = torch.ones(size, device=device)
         self._shape = (segments, dim, condition_dim)
         return self._shape
@@ -141,10 +138,7 @@ class Vae:
             parts = self._loss_parts(rows, noisy, v, stream)
             loss = torch.stack(list(parts.values())).sum(0).mean()
             require_finite(loss, "VAE training")
-            self._optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(self._network.parameters(), CLIP_NORM, foreach=False)
-            self._optimizer.step()
+            self._optimizer.step(loss)
             losses.add(labels[batch], parts)
         return {label: {"loss": sum(parts.values()), **parts} for label, parts in losses.means().items()}
 
@@ -213,7 +207,7 @@ class Vae:
             return {}
         return {
             **{f"network.{name}": tensor.clone() for name, tensor in self._network.state_dict().items()},
-            **{f"optimizer.{name}": tensor for name, tensor in optimizer_state(self._optimizer).items()},
+            **{f"optimizer.{name}": tensor for name, tensor in self._optimizer.state().items()},
             "mean": self._standard.mean,
             "deviation": self._standard.deviation,
             "residual": self._residual,
@@ -228,7 +222,7 @@ class Vae:
         segments, dim, condition_dim = (int(n) for n in state["shape"])
         self._build(segments, dim, condition_dim, state["mean"].device)
         self._network.load_state_dict(part(state, "network"))
-        load_optimizer(self._optimizer, part(state, "optimizer"))
+        self._optimizer.load(part(state, "optimizer"))
         self._standard = Standardizer(state["mean"], state["deviation"])
         self._residual = state["residual"]
         self._epoch = int(state["epoch"])
