@@ -8,7 +8,7 @@ N rows of the embedding store, P numbers of an adapter; `*shape_m` is the output
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ class Broadcast:
         evaluate_personal: clients that keep their own adapters also score them on the held-out recordings.
         evaluate_clients: clients measure loss and accuracy on their own recordings before and after training; where
             they don't, those numbers are NaN.
+        basis: orthonormal directions [S * D, R] in which clients measure the spread within their classes (see
+            `algorithms.within_class`); None: they don't.
     """
 
     round_number: int
@@ -49,6 +51,7 @@ class Broadcast:
     adapter: AdapterState
     evaluate_personal: bool = False
     evaluate_clients: bool = True
+    basis: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,30 @@ def _join_weights(tables: list[ClassStats]) -> np.ndarray | None:
 
 
 @dataclass(frozen=True)
+class PooledCovariance:
+    """Within-class covariance of audio embeddings, pooled over classes and clients: factor factor^T + diag(residual).
+
+    Attributes:
+        factor: principal axes times their standard deviations [S * D, R], longest first; zeros where there are fewer.
+        residual: variance of every coordinate that the factor leaves [S * D].
+        freedom: recordings less one per (client, class), over all that were counted.
+    """
+
+    factor: Tensor
+    residual: Tensor
+    freedom: float
+
+    @property
+    def variance(self) -> Tensor:
+        """Its diagonal [S * D]."""
+        return self.residual + self.factor.square().sum(1)
+
+    def to(self, device: torch.device) -> PooledCovariance:
+        """The same covariance on another device."""
+        return replace(self, factor=self.factor.to(device), residual=self.residual.to(device))
+
+
+@dataclass(frozen=True)
 class ClientMetrics:
     """Numbers per client of a block, arrays of length K.
 
@@ -205,6 +232,8 @@ class BlockUpdate:
         updates: one flat row per client [K, P], float32, when the aggregator asks for them: the trained tensors where
             clients are kept apart, else local - global; None when the sum is all that is needed.
         seconds: wall time of the block's training.
+        scatter: sums over the block's clients, along the fixed tree: spread within classes, by name (see
+            `algorithms.within_class`); empty where the broadcast doesn't ask for it.
     """
 
     index: int
@@ -214,6 +243,7 @@ class BlockUpdate:
     metrics: ClientMetrics
     updates: np.ndarray | None
     seconds: float
+    scatter: AdapterState = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

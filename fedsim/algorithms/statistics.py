@@ -16,21 +16,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.algorithms.aggregation import tree_sum_
 from fedsim.algorithms.batches import ClientRows, one_pass
 from fedsim.algorithms.client_model import ClientModel
 from fedsim.algorithms.objective import Objective
 from fedsim.algorithms.optimizers import StackParams
+from fedsim.algorithms.within_class import add_scatter_
 from fedsim.models.adapters import Adapter
-from fedsim.types import ClassStats
+from fedsim.types import AdapterState, ClassStats
 
 
 @dataclass(frozen=True)
 class LocalEvaluation:
-    """Per client of a stack [K]: mean loss and accuracy on its own recordings; and its class statistics, if asked."""
+    """What a stack's clients have measured.
+
+    Attributes:
+        loss, accuracy: of every client on its own recordings [K].
+        stats: class statistics, if they were asked for.
+        scatter: sums of all clients for the pooled within-class covariance, if they were asked for.
+    """
 
     loss: np.ndarray
     accuracy: np.ndarray
     stats: ClassStats | None
+    scatter: AdapterState
 
 
 def evaluate_stack(
@@ -42,6 +51,7 @@ def evaluate_stack(
     batch_size: int,
     stats_min_count: int | None = None,
     share_variances: bool = True,
+    basis: Tensor | None = None,
 ) -> LocalEvaluation:
     """One pass in no-grad over the recordings of a stack of clients.
 
@@ -53,6 +63,7 @@ def evaluate_stack(
         batch_size: rows of a chunk; fixed, so that results don't depend on neighbours.
         stats_min_count: send statistics of classes with at least so many recordings; None for no statistics.
         share_variances: include the diagonal variance.
+        basis: directions [E, R] in which the spread within classes is measured; None: it isn't.
     """
     batches = one_pass(clients, batch_size=batch_size)
     device = batches.mask.device
@@ -69,10 +80,12 @@ def evaluate_stack(
             correct[first:] += (hits * batch.mask).sum(1)
             if sums is not None:
                 sums.add(first, batch.labels, batch.mask, embeddings, outputs)
-        stats = None
+        stats, scatter = None, {}
         if sums is not None and stats_min_count is not None:
             stats = sums.table(min_count=stats_min_count, share_variances=share_variances)
-    return LocalEvaluation(loss.cpu().numpy() / clients.counts, correct.cpu().numpy() / clients.counts, stats)
+            scatter = {} if basis is None else sums.scatter(basis, min_count=stats_min_count)
+    mean_loss, accuracy = (total.cpu().numpy() / clients.counts for total in (loss, correct))
+    return LocalEvaluation(mean_loss, accuracy, stats, scatter)
 
 
 def empty_stats(adapter: Adapter) -> ClassStats:
@@ -89,6 +102,20 @@ def empty_stats(adapter: Adapter) -> ClassStats:
     )
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A batch of clients `first` and up: (client, class) pairs [K', B], mask [K', B], embeddings [K', B, S, D].
+
+    `real` numbers the rows of K' * B that aren't padding.
+    """
+
+    first: int
+    pairs: Tensor
+    mask: Tensor
+    embeddings: Tensor
+    real: Tensor
+
+
 class _ClassSums:
     """Sums over the recordings of every (client, class) pair that occurs in a stack, all pairs at once."""
 
@@ -100,15 +127,16 @@ class _ClassSums:
         self._pairs, self._counts = np.unique(owner * num_classes + labels, return_counts=True)
         self._number = torch.from_numpy(self._pairs).to(self._device)
         # Audio embeddings are kept until the end, so that the variance is a two-pass one.
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._kept: list[_Kept] = []
         self._outputs: dict[str, Tensor] = {}
 
     def add(self, first: int, labels: Tensor, mask: Tensor, embeddings: Tensor, outputs: Mapping[str, Tensor]) -> None:
         """Add one batch of clients `first` and up: labels, mask [K', B], embeddings [K', B, S, D], outputs."""
         real = mask.flatten().nonzero().flatten()
         owner = torch.arange(first, first + len(labels), device=self._device).unsqueeze(1)
-        pair = torch.searchsorted(self._number, (owner * self._classes + labels).flatten()[real])
-        self._kept.append((pair, embeddings.flatten(0, 1)[real]))
+        pairs = torch.searchsorted(self._number, owner * self._classes + labels)
+        pair = pairs.flatten()[real]
+        self._kept.append(_Kept(first, pairs, mask, embeddings, real))
         for head, rows in outputs.items():
             if head not in self._outputs:
                 self._outputs[head] = torch.zeros(len(self._pairs), *rows.shape[2:], device=self._device)
@@ -119,7 +147,7 @@ class _ClassSums:
         chosen = self._counts >= min_count
         rows = torch.from_numpy(np.flatnonzero(chosen)).to(self._device)
         counts = torch.from_numpy(self._counts).to(self._device)
-        mean = _divide(self._sum(lambda pair, x: x), counts)
+        mean = self._mean()
         variance = None
         if share_variances:
             variance = _divide(self._sum(lambda pair, x: (x - mean[pair]).square()), counts)[rows].cpu()
@@ -133,10 +161,34 @@ class _ClassSums:
             output_mean={head: _divide(sums, counts)[rows].cpu() for head, sums in self._outputs.items()},
         )
 
+    def scatter(self, basis: Tensor, *, min_count: int) -> AdapterState:
+        """Sums over all clients for the pooled within-class covariance, of pairs with `min_count` recordings."""
+        clients, (size, rank) = len(self._clients), basis.shape
+        sums = {
+            "product": torch.zeros(clients, size, rank, device=self._device),
+            "diagonal": torch.zeros(clients, size, device=self._device),
+            "freedom": torch.zeros(clients, 1, device=self._device),
+        }
+        chosen, means = self._counts >= min_count, self._mean().flatten(1)
+        counted = torch.from_numpy(chosen.astype(np.float32)).to(self._device)
+        for kept in self._kept:
+            deviations = (kept.embeddings.flatten(2) - means[kept.pairs]) * (kept.mask * counted[kept.pairs]).unsqueeze(
+                2
+            )
+            add_scatter_({name: total[kept.first :] for name, total in sums.items()}, deviations, basis)
+        freedom = np.bincount(self._pairs // self._classes, np.where(chosen, self._counts - 1, 0), minlength=clients)
+        sums["freedom"] += torch.from_numpy(freedom.astype(np.float32)).to(self._device).unsqueeze(1)
+        return {name: tree_sum_(total).cpu().clone() for name, total in sums.items()}
+
+    def _mean(self) -> Tensor:
+        """Mean audio embedding of every pair."""
+        return _divide(self._sum(lambda pair, x: x), torch.from_numpy(self._counts).to(self._device))
+
     def _sum(self, value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        total = torch.zeros(len(self._pairs), *self._kept[0][1].shape[1:], device=self._device)
-        for pair, embeddings in self._kept:
-            total.index_add_(0, pair, value(pair, embeddings))
+        total = torch.zeros(len(self._pairs), *self._kept[0].embeddings.shape[2:], device=self._device)
+        for kept in self._kept:
+            pair = kept.pairs.flatten()[kept.real]
+            total.index_add_(0, pair, value(pair, kept.embeddings.flatten(0, 1)[kept.real]))
         return total
 
 

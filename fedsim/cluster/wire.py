@@ -74,14 +74,17 @@ def _borrowed(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array)
 
 
-def pack_broadcast(broadcast: Broadcast) -> tuple[Broadcast, PackedState]:
-    """A broadcast as (record without tensors, packed tensors)."""
-    return replace(broadcast, adapter={}), pack_state(broadcast.adapter)
+def pack_broadcast(broadcast: Broadcast) -> tuple[Broadcast, PackedState, np.ndarray | None]:
+    """A broadcast as (record without tensors, packed tensors, basis)."""
+    basis = None if broadcast.basis is None else broadcast.basis.cpu().numpy()
+    return replace(broadcast, adapter={}, basis=None), pack_state(broadcast.adapter), basis
 
 
-def unpack_broadcast(message: tuple[Broadcast, PackedState]) -> Broadcast:
+def unpack_broadcast(message: tuple[Broadcast, PackedState, np.ndarray | None]) -> Broadcast:
     """The broadcast with its own copy of the tensors."""
-    return replace(message[0], adapter=unpack_state(message[1]))
+    record, packed, basis = message
+    own = None if basis is None else torch.from_numpy(np.array(basis))
+    return replace(record, adapter=unpack_state(packed), basis=own)
 
 
 def pack_block(block: Block) -> tuple[int, np.ndarray, np.ndarray | None]:
@@ -111,6 +114,7 @@ def pack_update(update: BlockUpdate) -> dict[str, Any]:
         "metrics": update.metrics,
         "updates": update.updates,
         "seconds": update.seconds,
+        "scatter": pack_state(update.scatter),
     }
 
 
@@ -134,4 +138,5 @@ def unpack_update(message: Mapping[str, Any]) -> BlockUpdate:
         metrics=message["metrics"],
         updates=message["updates"],
         seconds=message["seconds"],
+        scatter=_split(message["scatter"], _borrowed(message["scatter"].vector)),
     )

@@ -206,7 +206,17 @@ class FedA2V(Section):
         0, "krum: clients of a cohort that may send anything; it needs 2 x that + 3 answers", "clients", ge=0
     )
     use_generator: bool = key(False, "build and train the generator, and refine with its samples")
-    generator_type: Literal["replay", "gaussian", "cof", "vae", "gan"] = key("vae", "kind of generator")
+    generator_type: Literal["replay", "gaussian", "cof", "lowrank", "full", "vae", "gan"] = key(
+        "vae", "kind of generator"
+    )
+    generator_rows: Literal["means", "moments", "lowrank"] = key(
+        "moments",
+        "vae, gan: what they are trained on: the clients' class means; draws with the variances that clients send; "
+        "draws with the pooled within-class covariance",
+    )
+    generator_rank: int = key(
+        16, "axes of the pooled within-class covariance (lowrank, generator_rows: lowrank)", "axes", ge=1, le=65_536
+    )
     global_model_train: bool = key(False, "server training step: fit the generator and refine the averaged adapter")
     global_model_train_from_nodes_adapters: bool = key(
         False, "use the clients' mean adapter outputs: as the generator's condition and, by text_anchor, as targets"

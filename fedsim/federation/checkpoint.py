@@ -28,7 +28,7 @@ from torch import Tensor
 from fedsim.config import Config, flatten
 from fedsim.errors import CheckpointError
 from fedsim.federation.client_store import ClientIndex, require_rows
-from fedsim.types import AdapterState, ClassStats
+from fedsim.types import AdapterState, ClassStats, PooledCovariance
 
 log = logging.getLogger(__name__)
 SCHEMA = 2
@@ -49,6 +49,7 @@ class ServerState:
         generator: the generator's own state with its optimiser; empty before its first fit.
         buffer: class statistics of earlier rounds, or None.
         clients: where the tensors that clients keep lie in the run's client store.
+        pooled: the within-class covariance that rounds so far have found, or None.
     """
 
     round_number: int
@@ -56,6 +57,7 @@ class ServerState:
     generator: Mapping[str, Tensor] = field(default_factory=dict)
     buffer: ClassStats | None = None
     clients: ClientIndex = field(default_factory=ClientIndex)
+    pooled: PooledCovariance | None = None
 
 
 def bound_config(config: Config) -> dict[str, Any]:
@@ -114,6 +116,9 @@ def _tables(state: ServerState) -> dict[str, dict[str, Tensor]]:
             tables["buffer"]["audio_var"] = state.buffer.audio_var
         if state.buffer.sampled_count is not None:
             tables["buffer"]["sampled_count"] = torch.from_numpy(state.buffer.sampled_count)
+    if (pooled := state.pooled) is not None:
+        freedom = torch.tensor(pooled.freedom, dtype=torch.float64)
+        tables["pooled"] = {"factor": pooled.factor, "residual": pooled.residual, "freedom": freedom}
     # safetensors keeps one copy of shared memory; clones keep tables independent of that.
     return {name: {k: t.clone() for k, t in table.items()} for name, table in tables.items() if table}
 
@@ -231,7 +236,11 @@ def _from_tables(round_number: int, tables: Mapping[str, dict[str, Tensor]]) -> 
         mean, variance = table["audio_mean"], table.get("audio_var")
         buffer = ClassStats(client, label, count, mean, variance, heads, sampled_count=sampled)
     clients = _index_of(tables[CLIENTS]) if CLIENTS in tables else ClientIndex()
-    return ServerState(round_number, tables["adapter"], tables.get("generator", {}), buffer, clients)
+    pooled = None
+    if "pooled" in tables:
+        table = tables["pooled"]
+        pooled = PooledCovariance(table["factor"], table["residual"], float(table["freedom"]))
+    return ServerState(round_number, tables["adapter"], tables.get("generator", {}), buffer, clients, pooled)
 
 
 def _sha256(file: Path) -> str:

@@ -22,7 +22,7 @@ from fedsim.algorithms.row_sample import RowCollector
 from fedsim.federation.client_store import ClientStore
 from fedsim.federation.messages import measured_metrics, stats_bytes
 from fedsim.federation.update_matrix import UpdateMatrix
-from fedsim.types import Block, BlockUpdate, Broadcast, ClassStats
+from fedsim.types import AdapterState, Block, BlockUpdate, Broadcast, ClassStats
 
 
 class OwnBlocks(Sequence[Block]):
@@ -164,7 +164,7 @@ def make_joining(
 
 
 class Numbers:
-    """Numbers per client in arrays over the cohort, and the sample of class statistics.
+    """Numbers per client in arrays over the cohort, the sample of class statistics, and the spread within classes.
 
     Args:
         broadcast: says what is measured in this round.
@@ -177,6 +177,7 @@ class Numbers:
         self._block_size = block_size
         self._values = {name: np.full(num_clients, np.nan) for name in measured_metrics(broadcast)}
         self._rows = RowCollector(statistics_rows, seed=broadcast.seed, round_number=broadcast.round_number)
+        self._scatter = SumTree(-(-num_clients // block_size))
         self.answered = 0
         self.stats_bytes = 0
 
@@ -188,10 +189,19 @@ class Numbers:
         self.answered += count
         self.stats_bytes += stats_bytes(update.stats)
         self._rows.add(update.stats)
+        self._scatter.add(update.index, update.scatter)
+
+    def lose(self, index: int) -> None:
+        """Go on without a block."""
+        self._scatter.add(index, None)
 
     def stats(self) -> ClassStats:
         """The sample of the round's class statistics, by client and class."""
         return self._rows.sample()
+
+    def scatter(self) -> AdapterState:
+        """The cohort's sums for the pooled within-class covariance; empty where they weren't asked for."""
+        return self._scatter.root() or {}
 
     def metrics(self) -> dict[str, float]:
         """Means over the clients that answered, in cohort order (float64)."""

@@ -81,6 +81,7 @@ def _problems(update: BlockUpdate, block: Block, expected: Expected, broadcast: 
         yield from _state_problems(update.delta_sum, expected.adapter)
     yield from _metric_problems(update.metrics, len(block.client_ids), measured_metrics(broadcast))
     yield from _stats_problems(update.stats, block, expected)
+    yield from _scatter_problems(update.scatter, broadcast)
 
 
 def _row_problems(rows: np.ndarray | None, count: int, row_size: int) -> Iterator[str]:
@@ -141,6 +142,23 @@ def _stats_problems(stats: ClassStats, block: Block, expected: Expected) -> Iter
             yield f"{name} has non-finite numbers"
     if stats.audio_var is not None and float(stats.audio_var.min()) < 0:
         yield "audio_var has negative numbers"
+
+
+def _scatter_problems(scatter: AdapterState, broadcast: Broadcast) -> Iterator[str]:
+    wanted: dict[str, tuple[int, ...]] = {}
+    if broadcast.basis is not None:
+        size, rank = broadcast.basis.shape
+        wanted = {"product": (size, rank), "diagonal": (size,), "freedom": (1,)}
+    if scatter.keys() != wanted.keys():
+        yield f"sums of the spread within classes are {sorted(scatter)}, expected {sorted(wanted)}"
+        return
+    for name, shape in wanted.items():
+        if tuple(scatter[name].shape) != shape:
+            yield f"the spread's {name} has shape {list(scatter[name].shape)}, expected {list(shape)}"
+        elif not all_finite(scatter[name]):
+            yield f"the spread's {name} has non-finite numbers"
+        elif name != "product" and float(scatter[name].min()) < 0:
+            yield f"the spread's {name} has negative numbers"
 
 
 def all_finite(tensor: Tensor) -> bool:

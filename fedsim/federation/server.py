@@ -108,7 +108,10 @@ class Server:
             with clock("aggregate"):
                 averaged = self.aggregator.step(state.adapter, joining.joined())
                 stats = numbers.stats()
-        stepped = self._step.run(averaged, stats, state.buffer, clock)
+                pooled = self._step.pooled(
+                    state.pooled, numbers.scatter(), broadcast.basis, memory=self._absent_share()
+                )
+        stepped = self._step.run(averaged, stats, state.buffer, pooled, clock)
         metrics = stepped.metrics | numbers.metrics()
         if broadcast.evaluate_clients:
             with clock("evaluate"):
@@ -120,7 +123,7 @@ class Server:
         up, down = self._bytes(cohort, broadcast, numbers)
         generator = self._step.generator_state()
         kept = ClientIndex() if self.clients is None else self.clients.commit()
-        self.state = ServerState(clock.round_number, stepped.adapter, generator, stepped.buffer, kept)
+        self.state = ServerState(clock.round_number, stepped.adapter, generator, stepped.buffer, kept, pooled)
         return RoundResult(clock.round_number, len(cohort), tuple(lost), metrics, clock.seconds, up, down)
 
     def _sample_cohort(self, round_number: int) -> np.ndarray:
@@ -134,13 +137,18 @@ class Server:
         population = self.setup.partition.num_clients
         return min(self.config.federation.cohort_size or population, population)
 
+    def _absent_share(self) -> float:
+        """Share of the population that a cohort leaves out."""
+        return 1.0 - self._cohort_size() / self.setup.partition.num_clients
+
     def _broadcast(self, round_number: int) -> Broadcast:
         """What clients are told. Those that keep their own adapters never see the server's: newcomers start alike."""
         every, last = self.config.experiment.evaluate_every, self.config.federation.global_rounds
         due = round_number % every == 0 or round_number == last
         apart = self.aggregator.keeps_clients_apart
         sent = initial_state(self.setup, self.parts) if apart else self.state.adapter
-        return Broadcast(round_number, self.config.experiment.seed, sent, due and apart, due)
+        basis = self._step.basis(self.state.pooled, round_number)
+        return Broadcast(round_number, self.config.experiment.seed, sent, due and apart, due, basis)
 
     def _numbers(self, broadcast: Broadcast, num_clients: int) -> Numbers:
         return Numbers(
@@ -170,6 +178,7 @@ class Server:
         for answer in self.pool.train(self._with_own(blocks, broadcast), broadcast):
             if isinstance(answer, LostBlock):
                 joining.lose(answer.index)
+                numbers.lose(answer.index)
                 lost += [LostClient(int(client), answer.reason) for client in answer.client_ids]
                 names = shown(answer.client_ids, self.setup.client_name)
                 log.warning("lost %d clients (%s): %s", len(answer.client_ids), names, answer.reason)
@@ -220,11 +229,13 @@ class Server:
 
     def _bytes(self, cohort: np.ndarray, broadcast: Broadcast, numbers: Numbers) -> tuple[int, int]:
         """What the cohort's clients would send and receive; those that keep their own tensors receive them once."""
-        size = state_bytes(broadcast.adapter)
+        basis = broadcast.basis
+        size, told = state_bytes(broadcast.adapter), state_bytes({} if basis is None else {"basis": basis})
+        up = numbers.stats_bytes + numbers.answered * state_bytes(numbers.scatter())
         if self.clients is None:
-            return numbers.answered * size + numbers.stats_bytes, len(cohort) * size
+            return up + numbers.answered * size, len(cohort) * (size + told)
         newcomers = int((self.state.clients.slots_of(cohort) < 0).sum())
-        return numbers.stats_bytes, newcomers * size
+        return up, newcomers * size + len(cohort) * told
 
     def _evaluate(self, averaged: AdapterState, adapter: AdapterState, cohort: np.ndarray) -> dict[str, float]:
         """Scores on held-out recordings, before and after refinement."""

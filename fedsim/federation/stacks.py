@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedsim.algorithms.aggregation import make_aggregator
 from fedsim.algorithms.batches import ClientRows, training_batches
-from fedsim.algorithms.client_model import embed
+from fedsim.algorithms.client_model import ENCODER, embed
 from fedsim.algorithms.evaluation import evaluate
 from fedsim.algorithms.local_training import (
     Buffers,
@@ -48,7 +48,7 @@ STEP_FLOP = {"cpu": 5e8, "cuda": 1e12}
 class TrainedStack:
     """What is left of a stack: sum of weighted deltas [*shape], sum of weights, statistics, numbers, flat rows [K, P].
 
-    Either the sum is there or, where the aggregator needs all updates, the rows.
+    Either the sum is there or, where the aggregator needs all updates, the rows; `scatter` where it was asked for.
     """
 
     delta_sum: AdapterState | None
@@ -56,6 +56,7 @@ class TrainedStack:
     stats: ClassStats
     metrics: ClientMetrics
     updates: np.ndarray | None
+    scatter: AdapterState
 
 
 def local_training(config: Config) -> LocalTraining:
@@ -92,7 +93,7 @@ class ClientCosts:
 
 
 def client_costs(
-    state: Mapping[str, Tensor], *, segments: int, steps: int, how: LocalTraining, apart: bool
+    state: Mapping[str, Tensor], *, segments: int, steps: int, how: LocalTraining, apart: bool, sums: int = 0
 ) -> ClientCosts:
     """What the adapter's tensors and the rows of a batch come to: recordings, times segments before they are joined.
 
@@ -102,18 +103,21 @@ def client_costs(
         steps: of the block's longest client.
         how: optimiser and batch settings.
         apart: every client has weights of its own from the start, or its update is wanted whole.
+        sums: numbers that a client's spread within classes takes.
     """
     weights = {name: tensor for name, tensor in state.items() if is_linear_weight(name)}
 
     def shared(rows: int) -> set[str]:
         keeps = partial(keeps_factors, rows=rows, steps=steps, how=how)
-        return {name for name, weight in weights.items() if not apart and keeps((weight.shape[0], weight.shape[1]))}
+        return {
+            n for n, w in weights.items() if not (apart or n.startswith(ENCODER)) and keeps((w.shape[0], w.shape[1]))
+        }
 
     batch_rows, kept = how.batch_size * segments, shared(how.batch_size * segments)
     copies = 4 if how.optimizer == "AdamW" else 3 if how.momentum else 2
     return ClientCosts(
         activation_bytes=8 * batch_rows * sum(sum(weight.shape) for weight in weights.values()),
-        own_bytes=4 * copies * sum(tensor.numel() for name, tensor in state.items() if name not in kept),
+        own_bytes=4 * (copies * sum(tensor.numel() for name, tensor in state.items() if name not in kept) + sums),
         step_flop=6 * batch_rows * sum(weight.numel() for weight in weights.values()),
         may_share=bool(shared(how.batch_size)),
     )
@@ -141,6 +145,7 @@ class StackTrainer:
             steps=most_steps,
             how=self.how,
             apart=own or self._aggregator.needs_updates,
+            sums=0 if broadcast.basis is None else broadcast.basis.numel(),
         )
 
     def size(self, costs: ClientCosts) -> int:
@@ -165,7 +170,7 @@ class StackTrainer:
         """
         params = self._start(own, broadcast, len(data))
         wanted = broadcast.evaluate_clients
-        before = self._evaluate(params, data, with_stats=False) if wanted else None
+        before = self._evaluate(params, data) if wanted else None
         losses = train_stack(
             self._parts.model,
             params,
@@ -182,7 +187,8 @@ class StackTrainer:
             most_steps=most_steps,
         )
         with_stats = self._config.feda2v.global_model_train
-        after = self._evaluate(params, data, with_stats=with_stats) if wanted or with_stats else None
+        basis = broadcast.basis
+        after = self._evaluate(params, data, with_stats=with_stats, basis=basis) if wanted or with_stats else None
         held_out = self._held_out_accuracy(params, broadcast, len(data))
         weights = self._aggregator.weight(data.counts)
         updates = self._updates(params, broadcast) if self._aggregator.needs_updates else None
@@ -195,6 +201,7 @@ class StackTrainer:
             stats=empty_stats(self._parts.adapter) if after is None or after.stats is None else after.stats,
             metrics=_metrics(data, losses, before, after, held_out),
             updates=updates,
+            scatter={} if after is None else after.scatter,
         )
 
     def _start(self, own: np.ndarray | None, broadcast: Broadcast, clients: int) -> dict[str, Tensor | SharedWeight]:
@@ -204,7 +211,9 @@ class StackTrainer:
         apart = unflatten_state(torch.from_numpy(np.array(own)), broadcast.adapter)
         return {name: tensor.contiguous() for name, tensor in apart.items()}
 
-    def _evaluate(self, params: StackParams, data: ClientRows, *, with_stats: bool) -> LocalEvaluation:
+    def _evaluate(
+        self, params: StackParams, data: ClientRows, *, with_stats: bool = False, basis: Tensor | None = None
+    ) -> LocalEvaluation:
         return evaluate_stack(
             self._parts.model,
             params,
@@ -213,6 +222,7 @@ class StackTrainer:
             batch_size=self.how.batch_size,
             stats_min_count=self._config.privacy.min_count if with_stats else None,
             share_variances=self._config.privacy.share_variances,
+            basis=None if basis is None else basis.to(self._parts.device),
         )
 
     def _updates(self, params: StackParams, broadcast: Broadcast) -> np.ndarray:

@@ -23,7 +23,10 @@ from fedsim.models.saved import digest
 NO_STEP = "feda2v.global_model_train=false"
 VARIANTS = {
     "vae": SERVER_STEP,
-    "gan": (*SERVER_STEP, "feda2v.generator_type=gan"),
+    "vae on moments": (*SERVER_STEP, "feda2v.generator_rows=moments"),
+    "gan": (*SERVER_STEP, "feda2v.generator_type=gan", "feda2v.generator_rows=means"),
+    "lowrank": (*SERVER_STEP, "feda2v.generator_type=lowrank"),
+    "full": (*SERVER_STEP, "feda2v.generator_type=full"),
     "gaussian": (*SERVER_STEP, "feda2v.generator_type=gaussian"),
     "cof without variances": (*SERVER_STEP, "feda2v.generator_type=cof", "privacy.share_variances=false"),
     "small cohort": (*SERVER_STEP, "federation.cohort_size=3"),
@@ -47,6 +50,9 @@ def state_of(server) -> dict[str, object]:
         tables["buffer"] = {"audio_mean": buffer.audio_mean, **buffer.output_mean, **numbers}
         if buffer.audio_var is not None:
             tables["buffer"]["audio_var"] = buffer.audio_var
+    if state.pooled is not None:
+        numbers = torch.tensor([state.pooled.freedom])
+        tables["pooled"] = {"factor": state.pooled.factor, "residual": state.pooled.residual, "freedom": numbers}
     kept = {} if server.clients is None else kept_of(server)
     return {"round": state.round_number, "clients": kept} | {
         key: (sorted(table), digest(table)) for key, table in tables.items()
@@ -240,7 +246,13 @@ def test_the_newest_checkpoint_counts_as_a_number(saved):
 
 def test_a_checkpoint_is_json_and_safetensors_only(saved):
     files = {path.name for path in (saved / "checkpoints" / "round-2").iterdir()}
-    assert files == {"state.json", "adapter.safetensors", "generator.safetensors", "buffer.safetensors"}
+    assert files == {
+        "state.json",
+        "adapter.safetensors",
+        "generator.safetensors",
+        "buffer.safetensors",
+        "pooled.safetensors",
+    }
     json.loads((saved / "checkpoints" / "round-2" / "state.json").read_text())
 
 

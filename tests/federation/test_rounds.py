@@ -361,8 +361,9 @@ def test_bytes_are_those_of_adapters_and_statistics(setup):
     assert pairs > 0
     # numbers of client, class and count; mean and variance [4, 32]; outputs 16 and 4 x 16
     row = 3 * 8 + 4 * (2 * 4 * 32 + 16 + 4 * 16)
-    assert result.bytes_down == 7 * adapter
-    assert result.bytes_up == 7 * adapter + pairs * row
+    # A basis of four directions of 4 x 32 numbers comes down, products with it, variances and one number go up.
+    assert result.bytes_down == 7 * (adapter + 4 * 4 * 4 * 32)
+    assert result.bytes_up == 7 * (adapter + 4 * (4 * 4 * 32 + 4 * 32 + 1)) + pairs * row
     _, (lean,) = run(reconfigured(plain, *SERVER_STEP, "privacy.share_variances=false"), 1)
     assert result.bytes_up - lean.bytes_up == pairs * 4 * 4 * 32
     # Without a server step nobody asks for statistics.

@@ -52,6 +52,8 @@ SERVER_STEP = (
     "feda2v.global_model_train=true",
     "feda2v.use_generator=true",
     "feda2v.generator_type=vae",
+    "feda2v.generator_rows=lowrank",
+    "feda2v.generator_rank=4",
     "feda2v.global_model_train_from_nodes_adapters=true",
     "feda2v.global_model_train_epochs=2",
 )

@@ -15,7 +15,7 @@ from fedsim.models.generators import KINDS, FitReport, GeneratorSpec, make_gener
 from fedsim.models.generators.rows import class_draws, moments
 from fedsim.models.generators.vae import Vae
 from fedsim.seeding import normal, rng
-from fedsim.types import ClassStats
+from fedsim.types import ClassStats, PooledCovariance
 
 C, S, D, V = 3, 2, 4, 5
 LEARNT = ("vae", "gan")
@@ -47,9 +47,12 @@ def federation(num_clients: int = 12, *, seed: int = 0, share_variances: bool = 
     )
 
 
+POOLED = PooledCovariance(0.3 * torch.randn(S * D, 2), VARIANCES.mean(0).flatten() - 0.1, 300.0)
+
+
 def fitted(kind: str, *, epochs: int = 40, spec: GeneratorSpec = SPEC, stats: ClassStats | None = None):
     generator = make_generator(kind, spec)
-    generator.fit(stats or federation(), CONDITION, epochs=epochs, stream=rng(0, "test"))
+    generator.fit(stats or federation(), CONDITION, epochs=epochs, stream=rng(0, "test"), pooled=POOLED)
     return generator
 
 
@@ -112,6 +115,49 @@ def test_kinds_with_a_spread_recover_that_of_a_known_mixture(trained, kind):
         if kind != "vae":
             assert ratio.min() > 0.3
             assert ratio.max() < 2.0
+
+
+def correlated(label: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and covariance [S * D, S * D] of a class whose coordinates go together."""
+    axes = 1.2 * torch.randn(S * D, 2, generator=torch.Generator().manual_seed(5))
+    return MEANS[label].flatten(), axes @ axes.T + 0.2 * torch.eye(S * D)
+
+
+@pytest.mark.parametrize(
+    ("kind", "worst", "away"),
+    [("lowrank", 0.15, 0.1), ("full", 0.15, 0.1), ("vae", 0.15, 0.1), ("gan", 0.4, 0.4), ("gaussian", None, 0.1)],
+)
+def test_the_covariance_of_a_correlated_mixture_is_recovered(kind, worst, away):
+    stream, columns, scatter, freedom = np.random.default_rng(0), [], torch.zeros(S * D, S * D), 0
+    for client in range(12):
+        for label in range(C):
+            (mean, covariance), n = correlated(label), int(stream.integers(30, 60))
+            rows = mean + normal(stream, n, S * D) @ torch.linalg.cholesky(covariance).T
+            apart = rows - rows.mean(0)
+            scatter, freedom = scatter + apart.T @ apart, freedom + n - 1
+            columns.append((client, label, n, rows.mean(0).view(S, D), rows.var(0, unbiased=False).view(S, D)))
+    clients, labels, counts, means, variances = zip(*columns, strict=True)
+    stats = ClassStats(
+        np.array(clients), np.array(labels), np.array(counts), torch.stack(means), torch.stack(variances), {}
+    )
+    rank = S * D if kind == "full" else 2
+    values, vectors = torch.linalg.eigh(scatter / freedom)
+    factor = vectors[:, -rank:] * values[-rank:].sqrt()
+    left = ((scatter / freedom).diagonal() - factor.square().sum(1)).clamp(min=0)
+    spec = GeneratorSpec(
+        seed=3, hidden_dim=64, latent_dim=8, learning_rate=2e-3, rows_per_class=128, total_epochs=300, rows="lowrank"
+    )
+    generator = make_generator(kind, spec)
+    pooled = PooledCovariance(factor, left, float(freedom))
+    generator.fit(stats, CONDITION, epochs=300, stream=rng(0, "test"), pooled=pooled)
+    for label in range(C):
+        x = generator.sample(CONDITION[label : label + 1], 20_000, stream=rng(0, "x", label)).flatten(1)
+        mean, covariance = correlated(label)
+        error = float((torch.cov(x.T) - covariance).norm() / covariance.norm())
+        # Diagonal variances miss how coordinates go together.
+        assert error > 0.5 if worst is None else error < worst
+        shift = (x.mean(0) - mean) / covariance.diagonal().sqrt()
+        assert float(shift.square().mean().sqrt()) < away
 
 
 def test_gaussian_keeps_every_coordinates_variance():
@@ -182,7 +228,7 @@ def test_a_resumed_generator_goes_on_to_the_bit(kind, share_variances):
     # Copies, as a file gives them back: nothing may hang on shared memory.
     second.load({name: tensor.clone() for name, tensor in first.state().items()})
     later = federation(seed=1, share_variances=share_variances)
-    reports = [g.fit(later, CONDITION, epochs=2, stream=rng(1, "test")) for g in (first, second)]
+    reports = [g.fit(later, CONDITION, epochs=2, stream=rng(1, "test"), pooled=POOLED) for g in (first, second)]
     assert reports[0] == reports[1]
     one, other = first.state(), second.state()
     assert one.keys() == other.keys()
@@ -252,7 +298,9 @@ def test_a_diverging_fit_is_stopped(kind, what):
 
 
 def test_unknown_kinds_are_refused():
-    with pytest.raises(ModelError, match="unknown generator 'vea'; known: replay, gaussian, cof, vae, gan"):
+    with pytest.raises(
+        ModelError, match="unknown generator 'vea'; known: replay, gaussian, cof, lowrank, full, vae, gan"
+    ):
         make_generator("vea", SPEC)
 
 

@@ -20,18 +20,29 @@ from torch import Tensor
 from fedsim.errors import ModelError
 from fedsim.models.generators.gan import Gan
 from fedsim.models.generators.report import FitReport
-from fedsim.models.generators.samplers import Cof, Gaussian, Replay
+from fedsim.models.generators.samplers import Cof, Gaussian, LowRank, Replay
 from fedsim.models.generators.vae import Vae
-from fedsim.types import ClassStats
+from fedsim.types import ClassStats, PooledCovariance
 
-__all__ = ["KINDS", "FitReport", "Generator", "GeneratorSpec", "make_generator"]
+__all__ = ["KINDS", "FitReport", "Generator", "GeneratorSpec", "make_generator", "uses_covariance"]
 
 
 class Generator(Protocol):
     """A model of audio embeddings given the prompt embedding of their class."""
 
-    def fit(self, stats: ClassStats, condition: Tensor, *, epochs: int, stream: np.random.Generator) -> FitReport:
-        """Train on class statistics; condition [C, V] holds every class's prompt embedding."""
+    def fit(
+        self,
+        stats: ClassStats,
+        condition: Tensor,
+        *,
+        epochs: int,
+        stream: np.random.Generator,
+        pooled: PooledCovariance | None = None,
+    ) -> FitReport:
+        """Train on class statistics; condition [C, V] holds every class's prompt embedding.
+
+        `pooled` is the within-class covariance, where it was measured (see `uses_covariance`).
+        """
         ...
 
     def sample(self, condition: Tensor, n: int, *, stream: np.random.Generator) -> Tensor:
@@ -60,6 +71,7 @@ class GeneratorSpec:
         total_epochs: epochs of the whole run, over which beta warms up.
         beta_warmup: share of `total_epochs` after which beta is 1.
         loss_scaling: "calibrated" or "legacy".
+        rows: what learnt kinds are trained on: "means", "moments" or "lowrank".
     """
 
     seed: int
@@ -71,6 +83,7 @@ class GeneratorSpec:
     total_epochs: int = 1
     beta_warmup: float = 0.5
     loss_scaling: str = "calibrated"
+    rows: str = "moments"
 
 
 def _vae(spec: GeneratorSpec) -> Generator:
@@ -84,6 +97,7 @@ def _vae(spec: GeneratorSpec) -> Generator:
         total_epochs=spec.total_epochs,
         beta_warmup=spec.beta_warmup,
         calibrated=spec.loss_scaling == "calibrated",
+        rows=spec.rows,
     )
 
 
@@ -95,6 +109,7 @@ def _gan(spec: GeneratorSpec) -> Generator:
         learning_rate=spec.learning_rate,
         batch_size=spec.batch_size,
         rows_per_class=spec.rows_per_class,
+        rows=spec.rows,
     )
 
 
@@ -102,9 +117,16 @@ KINDS: dict[str, Callable[[GeneratorSpec], Generator]] = {
     "replay": lambda spec: Replay(),
     "gaussian": lambda spec: Gaussian(),
     "cof": lambda spec: Cof(),
+    "lowrank": lambda spec: LowRank(),
+    "full": lambda spec: LowRank(),
     "vae": _vae,
     "gan": _gan,
 }
+
+
+def uses_covariance(kind: str, rows: str) -> bool:
+    """Whether a kind, trained on these rows, needs the pooled within-class covariance."""
+    return kind in ("lowrank", "full") or (kind in ("vae", "gan") and rows == "lowrank")
 
 
 def make_generator(kind: str, spec: GeneratorSpec) -> Generator:

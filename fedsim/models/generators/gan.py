@@ -33,9 +33,10 @@ from fedsim.models.generators.rows import (
     expand_condition,
     moments,
     shape_of,
+    training_source,
 )
 from fedsim.seeding import normal, rng
-from fedsim.types import ClassStats
+from fedsim.types import ClassStats, PooledCovariance
 
 INSTANCE_NOISE = 0.1
 
@@ -50,6 +51,7 @@ class Gan:
         learning_rate: AdamW step size of both.
         batch_size: rows of a step.
         rows_per_class: rows drawn per class and epoch.
+        rows: "means", "moments" or "lowrank": see `rows.training_source`.
     """
 
     def __init__(
@@ -61,9 +63,11 @@ class Gan:
         learning_rate: float = 1e-4,
         batch_size: int = 64,
         rows_per_class: int = 64,
+        rows: str = "moments",
     ) -> None:
         self._seed, self._hidden_dim, self._latent_dim = seed, hidden_dim, latent_dim
-        self._learning_rate, self._batch_size, self._rows_per_class = learning_rate, batch_size, rows_per_class
+        self._learning_rate, self._batch_size = learning_rate, batch_size
+        self._rows, self._rows_per_class = rows, rows_per_class
         self._shape: tuple[int, int, int] | None = None
 
     def _build(self, segments: int, dim: int, condition_dim: int, device: torch.device) -> tuple[int, int, int]:
@@ -78,7 +82,15 @@ class Gan:
         self._shape = (segments, dim, condition_dim)
         return self._shape
 
-    def fit(self, stats: ClassStats, condition: Tensor, *, epochs: int, stream: np.random.Generator) -> FitReport:
+    def fit(
+        self,
+        stats: ClassStats,
+        condition: Tensor,
+        *,
+        epochs: int,
+        stream: np.random.Generator,
+        pooled: PooledCovariance | None = None,
+    ) -> FitReport:
         """Train on draws from the class statistics; see `Vae.fit`.
 
         Raises:
@@ -86,10 +98,11 @@ class Gan:
         """
         built = self._shape or self._build(*shape_of(stats, condition), stats.audio_mean.device)
         check_shape(built, stats, condition)
-        self._standard = Standardizer(*moments(stats))
+        stats, pooled = training_source(stats, self._rows, pooled)
+        self._standard = Standardizer(*moments(stats, pooled))
         history = []
         for _ in range(epochs):
-            labels, x = self._standard.draws(stats, self._rows_per_class, stream)
+            labels, x = self._standard.draws(stats, self._rows_per_class, stream, pooled)
             history.append(self._epoch_of(x, condition, labels, stream))
         fake = self._make(condition[torch.from_numpy(labels)], stream).detach()
         spread = fake.var(0, unbiased=False).mean() / x.var(0, unbiased=False).mean()

@@ -5,8 +5,9 @@ Legend: M rows of class statistics, C classes, V condition width, S segments, D 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,11 +15,17 @@ from torch import Tensor
 
 from fedsim.errors import ModelError
 from fedsim.seeding import normal
-from fedsim.types import ClassStats
+from fedsim.types import ClassStats, PooledCovariance
+
+log = logging.getLogger(__name__)
 
 NOT_FITTED = (
     "generator not initialised: sample() was called before fit(); set feda2v.global_model_train: true so that the "
     "server trains it, or resume from a checkpoint that holds it"
+)
+NO_COVARIANCE = (
+    "no within-class covariance yet (no client has two recordings of a class, or privacy.min_count is above what "
+    "they have): the generator has class means alone"
 )
 ROWS_AT_ONCE = 256
 
@@ -43,21 +50,56 @@ def draw(mean: Tensor, variance: Tensor | None, rows: np.ndarray, stream: np.ran
     return chosen.add_(noise.mul_(variance[index].sqrt_()))
 
 
+def draw_around(means: Tensor, pooled: PooledCovariance, stream: np.random.Generator) -> Tensor:
+    """Means [n, S, D] plus factor eps + sqrt(residual) * eps': correlated noise of the pooled covariance."""
+    axes = normal(stream, len(means), pooled.factor.shape[1]).to(means.device)
+    rest = normal(stream, *means.shape).to(means.device)
+    spread = torch.addmm(rest.flatten(1) * pooled.residual.sqrt(), axes, pooled.factor.T)
+    return means + spread.view(means.shape)
+
+
+def training_source(
+    stats: ClassStats, rows: str, pooled: PooledCovariance | None
+) -> tuple[ClassStats, PooledCovariance | None]:
+    """What a learnt kind is trained on: means, means with variances, or means with the pooled covariance.
+
+    Args:
+        stats: means and, perhaps, variances.
+        rows: "means": class means as they are; "moments": draws with every row's variances, where they were sent;
+            "lowrank": draws with the pooled covariance (the means, announced, where there is none yet).
+        pooled: the pooled covariance, or None.
+    """
+    if rows == "moments":
+        return stats, None
+    if rows == "lowrank" and pooled is None:
+        log.warning(NO_COVARIANCE)
+    return replace(stats, audio_var=None), pooled if rows == "lowrank" else None
+
+
 def class_shares(stats: ClassStats) -> np.ndarray:
     """Every row's share of its class by count [M]; they add up to 1 in every class."""
     shares: np.ndarray = stats.weight / np.bincount(stats.label, stats.weight)[stats.label]
     return shares
 
 
-def class_draws(stats: ClassStats, per_class: int, stream: np.random.Generator) -> tuple[np.ndarray, Tensor]:
-    """`per_class` draws of every class in the table: labels [n] and audio embeddings [n, S, D]."""
+def class_draws(
+    stats: ClassStats, per_class: int, stream: np.random.Generator, pooled: PooledCovariance | None = None
+) -> tuple[np.ndarray, Tensor]:
+    """`per_class` draws of every class in the table: labels [n] and audio embeddings [n, S, D].
+
+    A row's spread is the pooled covariance where it is given, else the row's own variances, if it has any.
+    """
     labels = np.repeat(np.unique(stats.label), per_class)
-    return labels, draw(stats.audio_mean, stats.audio_var, pick_rows(stats, labels, stream), stream)
+    picked = pick_rows(stats, labels, stream)
+    if pooled is None:
+        return labels, draw(stats.audio_mean, stats.audio_var, picked, stream)
+    return labels, draw_around(stats.audio_mean[torch.from_numpy(picked)], pooled, stream)
 
 
-def moments(stats: ClassStats) -> tuple[Tensor, Tensor]:
+def moments(stats: ClassStats, pooled: PooledCovariance | None = None) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [S, D] of a mixture that gives every class the same weight.
 
+    Within a row it has the pooled variance where that is given, else the row's own, if it has any.
     The deviation is floored at 1 % of its mean over coordinates, so that constant coordinates stay finite.
     """
     shares = class_shares(stats)
@@ -68,7 +110,9 @@ def moments(stats: ClassStats) -> tuple[Tensor, Tensor]:
     # A few rows at a time: what lies between two passes stays in the cache.
     for part, rows in zip(torch.split(share, ROWS_AT_ONCE), torch.split(means, ROWS_AT_ONCE), strict=True):
         variance += part @ (rows - mean).square_()
-    if stats.audio_var is not None:
+    if pooled is not None:
+        variance += pooled.variance
+    elif stats.audio_var is not None:
         variance += share @ stats.audio_var.flatten(1)
     shape = stats.audio_mean.shape[1:]
     mean, variance = mean.view(shape), variance.view(shape)
@@ -161,9 +205,15 @@ class Standardizer:
     mean: Tensor
     deviation: Tensor
 
-    def draws(self, stats: ClassStats, per_class: int, stream: np.random.Generator) -> tuple[np.ndarray, Tensor]:
-        """`per_class` draws of every class: labels [n] and standardised rows [n, S * D]."""
-        labels, drawn = class_draws(stats, per_class, stream)
+    def draws(
+        self,
+        stats: ClassStats,
+        per_class: int,
+        stream: np.random.Generator,
+        pooled: PooledCovariance | None = None,
+    ) -> tuple[np.ndarray, Tensor]:
+        """`per_class` draws of every class (see `class_draws`): labels [n] and standardised rows [n, S * D]."""
+        labels, drawn = class_draws(stats, per_class, stream, pooled)
         return labels, drawn.sub_(self.mean).div_(self.deviation).flatten(1)
 
     def restore(self, x: Tensor) -> Tensor:

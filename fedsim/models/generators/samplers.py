@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fedsim.models.generators.report import FitReport
-from fedsim.models.generators.rows import ConditionTable, draw, pick_rows
-from fedsim.types import ClassStats
+from fedsim.models.generators.rows import NO_COVARIANCE, ConditionTable, draw, draw_around, pick_rows
+from fedsim.types import ClassStats, PooledCovariance
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,15 @@ class Replay:
     def __init__(self) -> None:
         self._table = _Table()
 
-    def fit(self, stats: ClassStats, condition: Tensor, *, epochs: int, stream: np.random.Generator) -> FitReport:
+    def fit(
+        self,
+        stats: ClassStats,
+        condition: Tensor,
+        *,
+        epochs: int,
+        stream: np.random.Generator,
+        pooled: PooledCovariance | None = None,
+    ) -> FitReport:
         """Keep the class means; `epochs` and `stream` are not used, kept for a common interface."""
         self._table.fit(stats, condition, None)
         return FitReport((), {})
@@ -86,7 +94,15 @@ class Gaussian:
     def __init__(self) -> None:
         self._table = _Table()
 
-    def fit(self, stats: ClassStats, condition: Tensor, *, epochs: int, stream: np.random.Generator) -> FitReport:
+    def fit(
+        self,
+        stats: ClassStats,
+        condition: Tensor,
+        *,
+        epochs: int,
+        stream: np.random.Generator,
+        pooled: PooledCovariance | None = None,
+    ) -> FitReport:
         """Keep means and variances; without variances (`privacy.share_variances: false`) it is a replay, announced."""
         if stats.audio_var is None:
             log.warning("generator 'gaussian' got no variances (privacy.share_variances is false): it replays means")
@@ -122,7 +138,15 @@ class Cof:
     def __init__(self) -> None:
         self._table = _Table()
 
-    def fit(self, stats: ClassStats, condition: Tensor, *, epochs: int, stream: np.random.Generator) -> FitReport:
+    def fit(
+        self,
+        stats: ClassStats,
+        condition: Tensor,
+        *,
+        epochs: int,
+        stream: np.random.Generator,
+        pooled: PooledCovariance | None = None,
+    ) -> FitReport:
         """Estimate one mean and one variance per class; with one client per class it is a replay, announced."""
         labels = np.unique(stats.label)
         counts = np.array([stats.count[stats.label == label].sum() for label in labels])
@@ -137,9 +161,9 @@ class Cof:
         total = sum(freedom)
         variance: Tensor | None = None
         if total:
-            pooled = torch.stack(spread).sum(0) / total
+            overall = torch.stack(spread).sum(0) / total
             variance = torch.stack(
-                [(s + self.prior * pooled) / (f + self.prior) for s, f in zip(spread, freedom, strict=True)]
+                [(s + self.prior * overall) / (f + self.prior) for s, f in zip(spread, freedom, strict=True)]
             )
         else:
             log.warning("generator 'cof' found no class on two clients: no variance to recover, it replays means")
@@ -158,3 +182,56 @@ class Cof:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take a state from `state()`."""
         self._table.load(state)
+
+
+class LowRank:
+    """`lowrank` and `full`: every client's class mean, and around it noise of the pooled within-class covariance.
+
+    A mixture over clients as in `gaussian`, but with one covariance, R axes and a diagonal, that all classes and
+    clients share (linear discriminant analysis makes the same assumption): it holds how coordinates go together, which
+    diagonal variances miss, and a class with few recordings is spread like the others. `full` has as many axes as an
+    embedding has numbers.
+    """
+
+    def __init__(self) -> None:
+        self._table = _Table()
+        self._pooled: PooledCovariance | None = None
+
+    def fit(
+        self,
+        stats: ClassStats,
+        condition: Tensor,
+        *,
+        epochs: int,
+        stream: np.random.Generator,
+        pooled: PooledCovariance | None = None,
+    ) -> FitReport:
+        """Keep means and covariance; as long as there is none it replays means, announced."""
+        if pooled is None:
+            log.warning(NO_COVARIANCE)
+        self._table.fit(stats, condition, None)
+        self._pooled = pooled
+        if pooled is None:
+            return FitReport((), {})
+        explained = float(pooled.factor.square().sum() / pooled.variance.sum().clamp(min=1e-30))
+        return FitReport((), {"explained": explained, "freedom": pooled.freedom})
+
+    def sample(self, condition: Tensor, n: int, *, stream: np.random.Generator) -> Tensor:
+        """Draws around class means [n, S, D]."""
+        means = self._table.sample(condition, n, stream)
+        return means if self._pooled is None else draw_around(means, self._pooled, stream)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by name."""
+        if self._pooled is None:
+            return self._table.state()
+        freedom = torch.tensor(self._pooled.freedom, dtype=torch.float64)
+        kept = {"factor": self._pooled.factor, "residual": self._pooled.residual, "freedom": freedom}
+        return self._table.state() | {f"pooled.{name}": tensor for name, tensor in kept.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take a state from `state()`."""
+        self._table.load(state)
+        if "pooled.factor" in state:
+            factor, residual, freedom = (state[f"pooled.{name}"] for name in ("factor", "residual", "freedom"))
+            self._pooled = PooledCovariance(factor, residual, float(freedom))

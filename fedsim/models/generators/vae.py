@@ -44,9 +44,10 @@ from fedsim.models.generators.rows import (
     expand_condition,
     moments,
     shape_of,
+    training_source,
 )
 from fedsim.seeding import normal, rng
-from fedsim.types import ClassStats
+from fedsim.types import ClassStats, PooledCovariance
 
 log = logging.getLogger(__name__)
 INPUT_NOISE = 0.1
@@ -62,6 +63,7 @@ class Vae:
         learning_rate: AdamW step size.
         batch_size: rows of a step.
         rows_per_class: rows drawn per class and epoch.
+        rows: "means", "moments" or "lowrank": see `rows.training_source`.
         total_epochs: epochs of the whole run.
         beta_warmup: share of them after which beta is 1.
         calibrated: loss scaling.
@@ -76,12 +78,14 @@ class Vae:
         learning_rate: float = 1e-4,
         batch_size: int = 64,
         rows_per_class: int = 64,
+        rows: str = "moments",
         total_epochs: int = 1,
         beta_warmup: float = 0.5,
         calibrated: bool = True,
     ) -> None:
         self._seed, self._hidden_dim, self._latent_dim = seed, hidden_dim, latent_dim
-        self._learning_rate, self._batch_size, self._rows_per_class = learning_rate, batch_size, rows_per_class
+        self._learning_rate, self._batch_size = learning_rate, batch_size
+        self._rows, self._rows_per_class = rows, rows_per_class
         self._warmup_epochs = max(1, math.ceil(beta_warmup * total_epochs))
         self._calibrated = calibrated
         self._epoch = 0
@@ -106,24 +110,34 @@ class Vae:
         self._shape = (segments, dim, condition_dim)
         return self._shape
 
-    def fit(self, stats: ClassStats, condition: Tensor, *, epochs: int, stream: np.random.Generator) -> FitReport:
+    def fit(
+        self,
+        stats: ClassStats,
+        condition: Tensor,
+        *,
+        epochs: int,
+        stream: np.random.Generator,
+        pooled: PooledCovariance | None = None,
+    ) -> FitReport:
         """Train on draws from the class statistics.
 
         Args:
-            stats: rows with means [M, S, D] and optional variances; without them the means are the rows.
+            stats: rows with means [M, S, D] and optional variances.
             condition: every class's prompt embedding [C, V].
             epochs: passes of `rows_per_class` draws per class.
             stream: draws, noise and order.
+            pooled: within-class covariance, for `rows` "lowrank".
 
         Raises:
             ModelError: another embedding shape or condition width than in earlier fits, or a non-finite loss.
         """
         built = self._shape or self._build(*shape_of(stats, condition), stats.audio_mean.device)
         check_shape(built, stats, condition)
-        self._standard = Standardizer(*moments(stats))
+        stats, pooled = training_source(stats, self._rows, pooled)
+        self._standard = Standardizer(*moments(stats, pooled))
         history = []
         for _ in range(epochs):
-            labels, x = self._standard.draws(stats, self._rows_per_class, stream)
+            labels, x = self._standard.draws(stats, self._rows_per_class, stream, pooled)
             history.append(self._epoch_of(x, condition, labels, stream))
             self._epoch += 1
         return FitReport(tuple(history), self._measure(x, condition[torch.from_numpy(labels)], stream))
