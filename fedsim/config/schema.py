@@ -205,6 +205,18 @@ class FedA2V(Section):
     byzantine_clients: int = key(
         0, "krum: clients of a cohort that may send anything; it needs 2 x that + 3 answers", "clients", ge=0
     )
+    server_optimizer: Literal["none", "momentum", "adam", "yogi"] = key(
+        "none",
+        "what the server does with the aggregated change: take it over, or step along it by FedAvgM (momentum), "
+        "FedAdam or FedYogi (beta2 is 0.99); before the refinement",
+    )
+    server_learning_rate: float = key(
+        1.0, "server_optimizer: learning rate; with adam and yogi about the largest step of a weight in a round", gt=0
+    )
+    server_momentum: float = key(0.9, "server_optimizer: momentum (beta1 of adam and yogi)", ge=0, lt=1)
+    server_adaptivity: float = key(
+        1e-3, "adam, yogi of server_optimizer: tau, added to the root of the second moment", gt=0
+    )
     use_generator: bool = key(False, "build and train the generator, and refine with its samples")
     generator_type: Literal["replay", "gaussian", "cof", "lowrank", "full", "vae", "gan"] = key(
         "vae", "kind of generator"
