@@ -26,6 +26,7 @@ def check_config(config: Config) -> list[str]:
     _check_nodes(config)
     _check_name(config.experiment.name)
     _check_model(config)
+    _check_local_epochs(config)
     _check_server_optimizer(config)
     for name, searched in config.search.space.items():
         _check_range(name, searched)
@@ -124,14 +125,23 @@ def _check_model(config: Config) -> None:
         )
 
 
+def _check_local_epochs(config: Config) -> None:
+    """Where clients don't train, the server has to."""
+    if not config.federation.local_epochs and not config.feda2v.global_model_train:
+        raise ConfigError(
+            "federation.local_epochs is 0 and feda2v.global_model_train is false, so nothing would be trained; set "
+            "global_model_train to true (the server trains on clients' statistics), or local_epochs to at least 1"
+        )
+
+
 def _check_server_optimizer(config: Config) -> None:
     """A server optimiser steps along the clients' change, so there must be one."""
     settings = config.feda2v
     if settings.server_optimizer != "none" and settings.adapter_aggregation_mode == "none":
         raise ConfigError(
             f"feda2v.server_optimizer is {settings.server_optimizer} but feda2v.adapter_aggregation_mode is none, "
-            "which sends the server no change to step along; aggregate (weighted, avg, ...), or set server_optimizer to "
-            "none"
+            "which sends the server no change to step along; aggregate (weighted, avg, ...), or set server_optimizer "
+            "to none"
         )
 
 
@@ -178,6 +188,11 @@ def _warnings(config: Config) -> list[str]:
             for name in ("server_learning_rate", "server_momentum", "server_adaptivity")
             if getattr(settings, name) != FedA2V.model_fields[name].default
         ]
+    elif not config.federation.local_epochs:
+        found.append(
+            f"feda2v.server_optimizer {settings.server_optimizer} has no effect: federation.local_epochs is 0, so "
+            "clients send no change to step along"
+        )
     if settings.server_optimizer in {"adam", "yogi"} and settings.server_learning_rate >= 1:
         found.append(
             f"feda2v.server_learning_rate is {settings.server_learning_rate:g} with {settings.server_optimizer}: "

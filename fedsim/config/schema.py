@@ -77,7 +77,13 @@ class Federation(Section):
     num_clients: int = key(10, "clients in the population", "clients", ge=1, le=2**32 - 1)
     cohort_size: int | None = key(None, "clients sampled in a round (default: all)", "clients", ge=1)
     global_rounds: int = key(10, "rounds", "rounds", ge=1)
-    local_epochs: int = key(1, "passes over a client's recordings in a round", "epochs", ge=1)
+    local_epochs: int = key(
+        1,
+        "passes over a client's recordings in a round; 0: clients don't train, they send class statistics alone, on "
+        "which the server trains (feda2v.global_model_train)",
+        "epochs",
+        ge=0,
+    )
     partition: Literal["iid", "dirichlet", "shards", "classes_per_client", "by_column", "drawn"] = key(
         "dirichlet",
         "how training recordings are dealt to clients (explicit `nodes` beat it); drawn: every client draws its own, "

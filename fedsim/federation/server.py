@@ -241,7 +241,8 @@ class Server:
         size, told = state_bytes(broadcast.adapter), state_bytes({} if basis is None else {"basis": basis})
         up = numbers.stats_bytes + numbers.answered * state_bytes(numbers.scatter())
         if self.clients is None:
-            return up + numbers.answered * size, len(cohort) * (size + told)
+            changed = size if self.config.federation.local_epochs else 0  # who doesn't train has no change to send
+            return up + numbers.answered * changed, len(cohort) * (size + told)
         newcomers = int((self.state.clients.slots_of(cohort) < 0).sum())
         return up, newcomers * size + len(cohort) * told
 

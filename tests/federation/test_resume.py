@@ -36,6 +36,7 @@ VARIANTS = {
     "sampled statistics": (*SERVER_STEP, "feda2v.statistics_rows=3"),
     "median": (*SERVER_STEP, "feda2v.adapter_aggregation_mode=median"),
     "yogi": (*SERVER_STEP, "feda2v.server_optimizer=yogi", "feda2v.server_learning_rate=0.01"),
+    "server only": (*SERVER_STEP, "federation.local_epochs=0", "federation.cohort_size=3"),
     "momentum": (NO_STEP, "feda2v.server_optimizer=momentum", "federation.cohort_size=3"),
 }
 
