@@ -200,7 +200,8 @@ class ClientMetrics:
     Attributes:
         client: client ids.
         num_examples: recordings the client trained on.
-        train_loss: mean loss over the last local epoch's batches.
+        train_loss: mean loss over the last local epoch's batches; over the client's own recordings where
+            `federation.local_epochs: 0`.
         loss_before, loss_after: loss over the client's own recordings before and after local training.
         accuracy_before, accuracy_after: nearest-class-text accuracy there, 0 to 1. These four are NaN in rounds without
             evaluation (`Broadcast.evaluate_clients`).
@@ -264,8 +265,8 @@ class RoundResult:
         lost: clients without an update, with reasons.
         metrics: scalars by name, e.g. "eval/top1" (0 to 1), "train/loss".
         seconds: wall seconds by phase.
-        bytes_up, bytes_down: bytes that the cohort's clients would send (delta and class statistics of each) and
-            receive (the adapter), without transport overhead.
+        bytes_up, bytes_down: bytes that the cohort's clients would send (delta and class statistics of each; without
+            local epochs no delta) and receive (the adapter), without transport overhead.
     """
 
     round_number: int

@@ -293,6 +293,8 @@ def test_all_problems_come_in_one_line() -> None:
             },
             ["classes_per_client is 3", "names 2"],
         ),
+        ({"federation": {"local_epochs": 0}}, ["local_epochs is 0", "feda2v.global_model_train is false"]),
+        ({"feda2v": {"server_optimizer": "adam"}}, ["server_optimizer is adam", "adapter_aggregation_mode is none"]),
         ({"data": {"name": "csv"}}, ["data.name is csv", "data.path"]),
         ({"data": {"classes": []}}, ["data.classes is an empty list"]),
         ({"data": {"classes": ["a", "a"]}}, ["data.classes names 'a' twice"]),
@@ -333,6 +335,22 @@ def test_cohort_may_be_everyone() -> None:
         ({"feda2v": {"use_generator": True}}, "neither trained nor used"),
         ({"federation": {"num_clients": 4}, "nodes": {"a": {}}}, "num_clients is 4 but nodes lists 1 clients"),
         ({"privacy": {"min_count": 1}}, "min_count is 1"),
+        (
+            {
+                "federation": {"local_epochs": 0},
+                "feda2v": {
+                    "server_optimizer": "momentum",
+                    "adapter_aggregation_mode": "avg",
+                    "global_model_train": True,
+                },
+            },
+            "server_optimizer momentum has no effect: federation.local_epochs is 0",
+        ),
+        ({"feda2v": {"server_momentum": 0.5}}, "feda2v.server_momentum has no effect: server_optimizer is none"),
+        (
+            {"feda2v": {"server_optimizer": "yogi", "adapter_aggregation_mode": "avg"}},
+            "server_learning_rate is 1 with yogi",
+        ),
     ],
 )
 def test_warnings_are_logged_and_returned(caplog: pytest.LogCaptureFixture, values: dict[str, Any], part: str) -> None:

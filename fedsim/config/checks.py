@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import get_args
 
 from fedsim.config.keys import find_key, suggestion
-from fedsim.config.schema import Config, Data, SearchRange
+from fedsim.config.schema import Config, Data, FedA2V, SearchRange
 from fedsim.errors import ConfigError
 
 DATASETS: tuple[str, ...] = get_args(Data.model_fields["name"].annotation)
@@ -26,6 +26,8 @@ def check_config(config: Config) -> list[str]:
     _check_nodes(config)
     _check_name(config.experiment.name)
     _check_model(config)
+    _check_local_epochs(config)
+    _check_server_optimizer(config)
     for name, searched in config.search.space.items():
         _check_range(name, searched)
     if config.data.name == "csv" and config.data.path is None:
@@ -123,6 +125,26 @@ def _check_model(config: Config) -> None:
         )
 
 
+def _check_local_epochs(config: Config) -> None:
+    """Where clients don't train, the server has to."""
+    if not config.federation.local_epochs and not config.feda2v.global_model_train:
+        raise ConfigError(
+            "federation.local_epochs is 0 and feda2v.global_model_train is false, so nothing would be trained; set "
+            "global_model_train to true (the server trains on clients' statistics), or local_epochs to at least 1"
+        )
+
+
+def _check_server_optimizer(config: Config) -> None:
+    """A server optimiser steps along the clients' change, so there must be one."""
+    settings = config.feda2v
+    if settings.server_optimizer != "none" and settings.adapter_aggregation_mode == "none":
+        raise ConfigError(
+            f"feda2v.server_optimizer is {settings.server_optimizer} but feda2v.adapter_aggregation_mode is none, "
+            "which sends the server no change to step along; aggregate (weighted, avg, ...), or set server_optimizer "
+            "to none"
+        )
+
+
 def _check_range(name: str, searched: SearchRange) -> None:
     """One searched key: it exists, and its range or choices hold something."""
     key = find_key(name)
@@ -159,6 +181,22 @@ def _warnings(config: Config) -> list[str]:
         found.append(
             "feda2v.text_anchor has no effect: global_model_train_from_nodes_adapters is false, so refinement trains "
             "towards the text targets alone"
+        )
+    if settings.server_optimizer == "none":
+        found += [
+            f"feda2v.{name} has no effect: server_optimizer is none"
+            for name in ("server_learning_rate", "server_momentum", "server_adaptivity")
+            if getattr(settings, name) != FedA2V.model_fields[name].default
+        ]
+    elif not config.federation.local_epochs:
+        found.append(
+            f"feda2v.server_optimizer {settings.server_optimizer} has no effect: federation.local_epochs is 0, so "
+            "clients send no change to step along"
+        )
+    if settings.server_optimizer in {"adam", "yogi"} and settings.server_learning_rate >= 1:
+        found.append(
+            f"feda2v.server_learning_rate is {settings.server_learning_rate:g} with {settings.server_optimizer}: "
+            f"weights may move by about that in a round; 0.001 to 0.1 is usual"
         )
     if config.privacy.min_count == 1:
         found.append(

@@ -77,7 +77,13 @@ class Federation(Section):
     num_clients: int = key(10, "clients in the population", "clients", ge=1, le=2**32 - 1)
     cohort_size: int | None = key(None, "clients sampled in a round (default: all)", "clients", ge=1)
     global_rounds: int = key(10, "rounds", "rounds", ge=1)
-    local_epochs: int = key(1, "passes over a client's recordings in a round", "epochs", ge=1)
+    local_epochs: int = key(
+        1,
+        "passes over a client's recordings in a round; 0: clients don't train, they send class statistics alone, on "
+        "which the server trains (feda2v.global_model_train)",
+        "epochs",
+        ge=0,
+    )
     partition: Literal["iid", "dirichlet", "shards", "classes_per_client", "by_column", "drawn"] = key(
         "dirichlet",
         "how training recordings are dealt to clients (explicit `nodes` beat it); drawn: every client draws its own, "
@@ -204,6 +210,18 @@ class FedA2V(Section):
     )
     byzantine_clients: int = key(
         0, "krum: clients of a cohort that may send anything; it needs 2 x that + 3 answers", "clients", ge=0
+    )
+    server_optimizer: Literal["none", "momentum", "adam", "yogi"] = key(
+        "none",
+        "what the server does with the aggregated change: take it over, or step along it by FedAvgM (momentum), "
+        "FedAdam or FedYogi (beta2 is 0.99); before the refinement",
+    )
+    server_learning_rate: float = key(
+        1.0, "server_optimizer: learning rate; with adam and yogi about the largest step of a weight in a round", gt=0
+    )
+    server_momentum: float = key(0.9, "server_optimizer: momentum (beta1 of adam and yogi)", ge=0, lt=1)
+    server_adaptivity: float = key(
+        1e-3, "adam, yogi of server_optimizer: tau, added to the root of the second moment", gt=0
     )
     use_generator: bool = key(False, "build and train the generator, and refine with its samples")
     generator_type: Literal["replay", "gaussian", "cof", "lowrank", "full", "vae", "gan"] = key(

@@ -50,6 +50,7 @@ class ServerState:
         buffer: class statistics of earlier rounds, or None.
         clients: where the tensors that clients keep lie in the run's client store.
         pooled: the within-class covariance that rounds so far have found, or None.
+        server_optimizer: moments of the server optimiser by name; empty before its first step, or without one.
     """
 
     round_number: int
@@ -58,6 +59,7 @@ class ServerState:
     buffer: ClassStats | None = None
     clients: ClientIndex = field(default_factory=ClientIndex)
     pooled: PooledCovariance | None = None
+    server_optimizer: AdapterState = field(default_factory=dict)
 
 
 def bound_config(config: Config) -> dict[str, Any]:
@@ -119,6 +121,7 @@ def _tables(state: ServerState) -> dict[str, dict[str, Tensor]]:
     if (pooled := state.pooled) is not None:
         freedom = torch.tensor(pooled.freedom, dtype=torch.float64)
         tables["pooled"] = {"factor": pooled.factor, "residual": pooled.residual, "freedom": freedom}
+    tables["server_optimizer"] = dict(state.server_optimizer)
     # safetensors keeps one copy of shared memory; clones keep tables independent of that.
     return {name: {k: t.clone() for k, t in table.items()} for name, table in tables.items() if table}
 
@@ -240,7 +243,8 @@ def _from_tables(round_number: int, tables: Mapping[str, dict[str, Tensor]]) -> 
     if "pooled" in tables:
         table = tables["pooled"]
         pooled = PooledCovariance(table["factor"], table["residual"], float(table["freedom"]))
-    return ServerState(round_number, tables["adapter"], tables.get("generator", {}), buffer, clients, pooled)
+    generator, moments = tables.get("generator", {}), tables.get("server_optimizer", {})
+    return ServerState(round_number, tables["adapter"], generator, buffer, clients, pooled, moments)
 
 
 def _sha256(file: Path) -> str:

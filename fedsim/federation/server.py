@@ -23,6 +23,7 @@ from fedsim.algorithms.batches import padding_share
 from fedsim.algorithms.client_model import embed
 from fedsim.algorithms.evaluation import Evaluation, client_accuracies, evaluate, worst_tenth
 from fedsim.algorithms.sampling import order_cohort, sample_cohort
+from fedsim.algorithms.server_optimizer import make_server_optimizer
 from fedsim.errors import ConfigError, QuorumError
 from fedsim.federation.blocks import make_blocks
 from fedsim.federation.checkpoint import CLIENTS, ServerState, kept_indices, save_checkpoint
@@ -77,6 +78,12 @@ class Server:
             trim_share=settings.trim_share,
             byzantine_clients=settings.byzantine_clients,
         )
+        self.optimizer = make_server_optimizer(
+            settings.server_optimizer,
+            learning_rate=settings.server_learning_rate,
+            momentum=settings.server_momentum,
+            adaptivity=settings.server_adaptivity,
+        )
         self._require_enough()
         self._folder = run_dir or _temporary_folder(self)
         self._expected = Expected(
@@ -107,6 +114,7 @@ class Server:
                 lost = self._train(blocks, broadcast, joining, numbers, clock)
             with clock("aggregate"):
                 averaged = self.aggregator.step(state.adapter, joining.joined())
+                averaged, moments = self.optimizer.step(state.adapter, averaged, state.server_optimizer)
                 stats = numbers.stats()
                 pooled = self._step.pooled(
                     state.pooled, numbers.scatter(), broadcast.basis, memory=self._absent_share()
@@ -123,7 +131,7 @@ class Server:
         up, down = self._bytes(cohort, broadcast, numbers)
         generator = self._step.generator_state()
         kept = ClientIndex() if self.clients is None else self.clients.commit()
-        self.state = ServerState(clock.round_number, stepped.adapter, generator, stepped.buffer, kept, pooled)
+        self.state = ServerState(clock.round_number, stepped.adapter, generator, stepped.buffer, kept, pooled, moments)
         return RoundResult(clock.round_number, len(cohort), tuple(lost), metrics, clock.seconds, up, down)
 
     def _sample_cohort(self, round_number: int) -> np.ndarray:
@@ -233,7 +241,8 @@ class Server:
         size, told = state_bytes(broadcast.adapter), state_bytes({} if basis is None else {"basis": basis})
         up = numbers.stats_bytes + numbers.answered * state_bytes(numbers.scatter())
         if self.clients is None:
-            return up + numbers.answered * size, len(cohort) * (size + told)
+            changed = size if self.config.federation.local_epochs else 0  # who doesn't train has no change to send
+            return up + numbers.answered * changed, len(cohort) * (size + told)
         newcomers = int((self.state.clients.slots_of(cohort) < 0).sum())
         return up, newcomers * size + len(cohort) * told
 

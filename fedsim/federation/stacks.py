@@ -159,6 +159,8 @@ class StackTrainer:
     def train(self, data: ClientRows, broadcast: Broadcast, *, own: np.ndarray | None, most_steps: int) -> TrainedStack:
         """Train the clients of one stack, and evaluate and collect statistics where that is asked for.
 
+        Without local epochs their change is zero and their loss that of what they were sent.
+
         Args:
             data: the recordings of K clients.
             broadcast: what the round sends.
@@ -169,26 +171,14 @@ class StackTrainer:
             ClientError: a loss or an update isn't finite.
         """
         params = self._start(own, broadcast, len(data))
-        wanted = broadcast.evaluate_clients
-        before = self._evaluate(params, data) if wanted else None
-        losses = train_stack(
-            self._parts.model,
-            params,
-            training_batches(
-                data,
-                seed=broadcast.seed,
-                round_number=broadcast.round_number,
-                epochs=self.how.local_epochs,
-                batch_size=self.how.batch_size,
-            ),
-            objective=self._parts.objective,
-            how=self.how,
-            buffers=self._buffers,
-            most_steps=most_steps,
-        )
-        with_stats = self._config.feda2v.global_model_train
-        basis = broadcast.basis
-        after = self._evaluate(params, data, with_stats=with_stats, basis=basis) if wanted or with_stats else None
+        wanted, with_stats, basis = broadcast.evaluate_clients, self._config.feda2v.global_model_train, broadcast.basis
+        if self.how.local_epochs:
+            before = self._evaluate(params, data) if wanted else None
+            losses = self._steps(params, data, broadcast, most_steps)
+            after = self._evaluate(params, data, with_stats=with_stats, basis=basis) if wanted or with_stats else None
+        else:
+            before = after = self._evaluate(params, data, with_stats=with_stats, basis=basis)
+            losses = after.loss
         held_out = self._held_out_accuracy(params, broadcast, len(data))
         weights = self._aggregator.weight(data.counts)
         updates = self._updates(params, broadcast) if self._aggregator.needs_updates else None
@@ -210,6 +200,27 @@ class StackTrainer:
         # Contiguous, not views of rows of P numbers: torch's fused AdamW takes that for granted.
         apart = unflatten_state(torch.from_numpy(np.array(own)), broadcast.adapter)
         return {name: tensor.contiguous() for name, tensor in apart.items()}
+
+    def _steps(
+        self, params: dict[str, Tensor | SharedWeight], data: ClientRows, broadcast: Broadcast, most_steps: int
+    ) -> np.ndarray:
+        """Local training in place; losses [K]."""
+        batches = training_batches(
+            data,
+            seed=broadcast.seed,
+            round_number=broadcast.round_number,
+            epochs=self.how.local_epochs,
+            batch_size=self.how.batch_size,
+        )
+        return train_stack(
+            self._parts.model,
+            params,
+            batches,
+            objective=self._parts.objective,
+            how=self.how,
+            buffers=self._buffers,
+            most_steps=most_steps,
+        )
 
     def _evaluate(
         self, params: StackParams, data: ClientRows, *, with_stats: bool = False, basis: Tensor | None = None

@@ -178,9 +178,9 @@ def _first_cohort(setup: Setup) -> np.ndarray:
 def _client_costs(setup: Setup, cohort: np.ndarray) -> tuple[float, float]:
     """Arithmetic of an average client's local training, and memory that grows with the clients of a block.
 
-    Two operations per weight and row, forward and twice backward, at every segment. Recordings of this block and the
-    next, statistics, and flat updates grow with a block; weights and optimiser state don't, they live in stacks of a
-    fixed size.
+    Two operations per weight and row, forward and twice backward, at every segment; forward alone where clients don't
+    train. Recordings of this block and the next, statistics, and flat updates grow with a block; weights and optimiser
+    state don't, they live in stacks of a fixed size.
     """
     config, encoder = setup.config, setup.config.model.audio_encoder
     heads = config.model.head_shapes()
@@ -188,7 +188,8 @@ def _client_costs(setup: Setup, cohort: np.ndarray) -> tuple[float, float]:
     adapter = make_adapter((encoder.segments, encoder.dim), head_specs(config), centre=centre, scale={})
     parameters = sum(tensor.numel() for tensor in adapter.init(config.experiment.seed).values())
     examples = float(setup.partition.counts_of(cohort).mean())
-    flops = 6.0 * parameters * examples * config.federation.local_epochs * encoder.segments
+    passes = 6.0 * config.federation.local_epochs or 2.0
+    flops = passes * parameters * examples * encoder.segments
     numbers = 2.0 * examples * math.prod(open_store(setup.store_path).rows.shape[1:])
     if config.feda2v.global_model_train:
         classes = min(len(setup.class_names), max(1.0, examples / config.privacy.min_count))

@@ -35,6 +35,9 @@ VARIANTS = {
     "none with server step": (*SERVER_STEP, "feda2v.adapter_aggregation_mode=none"),
     "sampled statistics": (*SERVER_STEP, "feda2v.statistics_rows=3"),
     "median": (*SERVER_STEP, "feda2v.adapter_aggregation_mode=median"),
+    "yogi": (*SERVER_STEP, "feda2v.server_optimizer=yogi", "feda2v.server_learning_rate=0.01"),
+    "server only": (*SERVER_STEP, "federation.local_epochs=0", "federation.cohort_size=3"),
+    "momentum": (NO_STEP, "feda2v.server_optimizer=momentum", "federation.cohort_size=3"),
 }
 
 
@@ -53,6 +56,8 @@ def state_of(server) -> dict[str, object]:
     if state.pooled is not None:
         numbers = torch.tensor([state.pooled.freedom])
         tables["pooled"] = {"factor": state.pooled.factor, "residual": state.pooled.residual, "freedom": numbers}
+    if state.server_optimizer:
+        tables["server_optimizer"] = state.server_optimizer
     kept = {} if server.clients is None else kept_of(server)
     return {"round": state.round_number, "clients": kept} | {
         key: (sorted(table), digest(table)) for key, table in tables.items()

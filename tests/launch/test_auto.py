@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -94,6 +95,16 @@ def test_a_block_is_measured_and_the_choice_is_said(setup, caplog):
     assert line.startswith("resources: block_size 4, client_actors 0 (auto: cohort of 7, ")
     assert "a block of 4 took 0.0" in line
     assert "s of local training in all without Ray, starting it takes 12 s, 2 blocks a round" in line
+
+
+def test_clients_that_only_send_statistics_are_sized_by_those(setup, caplog):
+    idle = ("federation.local_epochs=0", "feda2v.global_model_train=true")
+    with caplog.at_level(logging.INFO, logger="fedsim"):
+        resources = settle(reconfigured(setup, *idle, "resources.block_size=auto")).config.resources
+        settle(reconfigured(setup, "resources.block_size=auto"))
+    assert resources.clients_per_block == 4
+    zero, one = (float(re.search(r"([\d.]+) MFLOP", record.getMessage())[1]) for record in caplog.records)
+    assert one == pytest.approx(3 * zero, rel=0.01)
 
 
 def test_the_block_size_does_not_depend_on_the_machine_and_small_ones_cost_no_measurement(setup, monkeypatch):
