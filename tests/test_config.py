@@ -348,7 +348,7 @@ def test_cohort_may_be_everyone() -> None:
         ),
         ({"feda2v": {"server_momentum": 0.5}}, "feda2v.server_momentum has no effect: server_optimizer is none"),
         (
-            {"feda2v": {"server_optimizer": "yogi", "adapter_aggregation_mode": "avg"}},
+            {"feda2v": {"server_optimizer": "yogi", "adapter_aggregation_mode": "avg", "server_learning_rate": 1}},
             "server_learning_rate is 1 with yogi",
         ),
     ],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import logging
 import os
 import re
 from concurrent.futures import ProcessPoolExecutor
@@ -52,6 +53,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "replay + contrastive": (*generator("replay"), *CONTRASTIVE),
     "lowrank + contrastive": (*generator("lowrank"), *CONTRASTIVE),
     "vae + contrastive": (*generator("vae"), *CONTRASTIVE),
+    "lowrank, server only": (*generator("lowrank"), "federation.local_epochs=0"),
 }
 COMPARISONS = (
     ("lowrank", "replay"),
@@ -135,11 +137,8 @@ def rare_manifest(folder: Path, *, fold: int, seed: int) -> Path:
 
 def run_cell(cell: Cell, output: Path, *, tracked: bool) -> dict[str, object]:
     """Run one cell, or read it when it is there; accuracies in per cent."""
-    import logging
-
     import fedsim
 
-    logging.getLogger("fedsim").setLevel(logging.ERROR)
     setting, run_dir = SETTINGS[cell.setting], output / cell.folder
     if not (run_dir / "result.json").exists():
         data = [f"data.test_fold={cell.fold}", f"experiment.seed={1000 * cell.seed + cell.fold}"]
@@ -151,6 +150,11 @@ def run_cell(cell: Cell, output: Path, *, tracked: bool) -> dict[str, object]:
     rounds = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     accuracy = [100 * found["metrics"]["eval/top1"] for found in rounds]
     return {**vars(cell), "accuracy": accuracy, "bytes_up": rounds[-1]["bytes_up"]}
+
+
+def only_errors() -> None:
+    """Keep a run's log to its errors."""
+    logging.getLogger("fedsim").setLevel(logging.ERROR)
 
 
 class Results:
@@ -231,7 +235,7 @@ def main() -> None:
         parser.error("set FEDSIM_DATA to the folder that holds esc10 and text_minilm")
     arguments.output.mkdir(parents=True, exist_ok=True)
     todo, rows = cells(arguments.settings, list(METHODS)), []
-    with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(arguments.processes, get_context("spawn"), initializer=only_errors) as pool:
         jobs = [pool.submit(run_cell, cell, arguments.output, tracked=not arguments.no_mlflow) for cell in todo]
         rows = [job.result() for job in track(jobs, description="runs")]
     results = Results(rows)

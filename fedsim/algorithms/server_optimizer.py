@@ -140,13 +140,13 @@ SERVER_OPTIMIZERS: Mapping[str, Callable[[float, float, float], ServerOptimizer]
 
 
 def make_server_optimizer(
-    name: str, *, learning_rate: float = 1.0, momentum: float = 0.9, adaptivity: float = 1e-3
+    name: str, *, learning_rate: float | None = None, momentum: float = 0.9, adaptivity: float = 1e-3
 ) -> ServerOptimizer:
     """Build a server optimiser by name.
 
     Args:
         name: a key of `SERVER_OPTIMIZERS`.
-        learning_rate: eta, above 0.
+        learning_rate: eta, above 0; None: 1 for momentum, 0.01 for adam and yogi.
         momentum: beta1, 0 up to below 1.
         adaptivity: adam, yogi: tau, above 0.
 
@@ -155,4 +155,5 @@ def make_server_optimizer(
     """
     if name not in SERVER_OPTIMIZERS:
         raise ConfigError(f"unknown server optimiser {name!r}; known: {', '.join(SERVER_OPTIMIZERS)}")
-    return SERVER_OPTIMIZERS[name](learning_rate, momentum, adaptivity)
+    rate = learning_rate or (0.01 if name in ("adam", "yogi") else 1.0)
+    return SERVER_OPTIMIZERS[name](rate, momentum, adaptivity)

@@ -193,7 +193,7 @@ def _warnings(config: Config) -> list[str]:
             f"feda2v.server_optimizer {settings.server_optimizer} has no effect: federation.local_epochs is 0, so "
             "clients send no change to step along"
         )
-    if settings.server_optimizer in {"adam", "yogi"} and settings.server_learning_rate >= 1:
+    if settings.server_optimizer in {"adam", "yogi"} and (settings.server_learning_rate or 0) >= 1:
         found.append(
             f"feda2v.server_learning_rate is {settings.server_learning_rate:g} with {settings.server_optimizer}: "
             f"weights may move by about that in a round; 0.001 to 0.1 is usual"

@@ -216,8 +216,11 @@ class FedA2V(Section):
         "what the server does with the aggregated change: take it over, or step along it by FedAvgM (momentum), "
         "FedAdam or FedYogi (beta2 is 0.99); before the refinement",
     )
-    server_learning_rate: float = key(
-        1.0, "server_optimizer: learning rate; with adam and yogi about the largest step of a weight in a round", gt=0
+    server_learning_rate: float | None = key(
+        None,
+        "server_optimizer: learning rate (default: momentum 1; adam, yogi 0.01, about the largest step of a weight in "
+        "a round)",
+        gt=0,
     )
     server_momentum: float = key(0.9, "server_optimizer: momentum (beta1 of adam and yogi)", ge=0, lt=1)
     server_adaptivity: float = key(
