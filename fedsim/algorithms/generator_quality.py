@@ -120,7 +120,7 @@ def correlation_error(pairs: Pairs) -> float | None:
     E coordinates, without making the matrices: with R = A^T A, <R, S> = |A B^T|^2. Not on principal axes: those are the
     directions in which correlations vanish, and a generator without any would seem perfect. Coordinates that are
     constant within all classes on either side are left out; not defined where fewer than two are left. R of few
-    recordings is noisy: with f degrees of freedom true copies score at least about 1 / sqrt(f x mean squared correlation).
+    recordings is noisy: with f degrees of freedom even other recordings score 1 / sqrt(f x mean squared correlation).
     """
     usable = _two(pairs)
     if not usable:
