@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedsim.algorithms.generator_quality import COLLAPSED
 from fedsim.federation.run_directory import append_round, read_history, write_text
 from fedsim.federation.server import Server
 from fedsim.federation.tracker import FinalReport, Tracker
@@ -114,6 +115,8 @@ class Experiment:
             "data_fingerprint": setup.data_fingerprint,
             "num_clients": setup.partition.num_clients,
         }
+        if (diversity := metrics.get("generator/diversity")) is not None:
+            result["generator_collapsed"] = diversity < COLLAPSED
         write_text(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
         self._tracker.log_report(self._report(history))
         final = {f"final/{name.removeprefix('eval/')}": value for name, value in metrics.items() if "eval/" in name}

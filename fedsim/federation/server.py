@@ -20,8 +20,6 @@ import torch
 
 from fedsim.algorithms.aggregation import make_aggregator
 from fedsim.algorithms.batches import padding_share
-from fedsim.algorithms.client_model import embed
-from fedsim.algorithms.evaluation import Evaluation, client_accuracies, evaluate, worst_tenth
 from fedsim.algorithms.sampling import order_cohort, sample_cohort
 from fedsim.algorithms.server_optimizer import make_server_optimizer
 from fedsim.errors import ConfigError, QuorumError
@@ -30,16 +28,16 @@ from fedsim.federation.checkpoint import CLIENTS, ServerState, kept_indices, sav
 from fedsim.federation.client_store import ClientIndex, ClientStore
 from fedsim.federation.clock import RoundClock, Status
 from fedsim.federation.gathering import Joining, Numbers, OwnBlocks, make_joining
+from fedsim.federation.held_out import HeldOut
 from fedsim.federation.messages import Expected, check_update, shown, state_bytes
-from fedsim.federation.parts import Parts, adapter_part, build_parts, initial_state, rows_of
+from fedsim.federation.parts import Parts, build_parts, initial_state
 from fedsim.federation.pool import ClientPool, LostBlock
 from fedsim.federation.server_step import ServerStep
 from fedsim.federation.setup import Setup
 from fedsim.seeding import rng
-from fedsim.types import AdapterState, Block, Broadcast, LostClient, RoundResult, flatten_state
+from fedsim.types import Block, Broadcast, LostClient, RoundResult, flatten_state
 
 log = logging.getLogger(__name__)
-CLIENTS_AT_ONCE = 16_384
 
 
 class Server:
@@ -96,7 +94,7 @@ class Server:
         )
         self.clients = self._open_clients()
         self._step = ServerStep(setup, self.parts, self.state.generator)
-        self.last_evaluation: Evaluation | None = None
+        self.held_out = HeldOut(setup, self.parts)
         self._status = status
 
     def run_round(self) -> RoundResult:
@@ -122,8 +120,9 @@ class Server:
         stepped = self._step.run(averaged, stats, state.buffer, pooled, clock)
         metrics = stepped.metrics | numbers.metrics()
         if broadcast.evaluate_clients:
-            with clock("evaluate"):
-                metrics |= self._evaluate(averaged, stepped.adapter, cohort)
+            metrics |= self.held_out.measure(
+                averaged, stepped.adapter, cohort=cohort, step=self._step, buffer=stepped.buffer, clock=clock
+            )
         metrics["clients/per_second"] = numbers.answered / clock.seconds["train"]
         metrics["clients/padding"] = padding_share(
             self.setup.partition.counts_of(cohort), self.config.training.batch_size
@@ -246,38 +245,9 @@ class Server:
         newcomers = int((self.state.clients.slots_of(cohort) < 0).sum())
         return up, newcomers * size + len(cohort) * told
 
-    def _evaluate(self, averaged: AdapterState, adapter: AdapterState, cohort: np.ndarray) -> dict[str, float]:
-        """Scores on held-out recordings, before and after refinement."""
-        embeddings, labels = self._held_out(averaged)
-        before, after = self._score(averaged, embeddings, labels), self._score(adapter, embeddings, labels)
-        self.last_evaluation = after
-        accuracies = self._client_accuracies(after.confusion, cohort)
-        metrics = {f"eval/{name}": value for name, value in after.metrics.items()}
-        metrics |= {f"eval/{name}_averaged": value for name, value in before.metrics.items()}
-        return metrics | {"client/acc_mean": float(accuracies.mean()), "client/acc_worst10": worst_tenth(accuracies)}
-
-    def _client_accuracies(self, confusion: np.ndarray, cohort: np.ndarray) -> np.ndarray:
-        """Accuracy on the class mix of every client of the cohort, some thousands of them at a time."""
-        partition, labels, classes = self.setup.partition, self.setup.labels, len(self.setup.class_names)
-        parts = np.split(cohort, range(CLIENTS_AT_ONCE, len(cohort), CLIENTS_AT_ONCE))
-        mixes = (partition.class_counts_of(part, labels, classes) for part in parts)
-        return np.concatenate([client_accuracies(confusion, mix) for mix in mixes])
-
-    def _held_out(self, state: AdapterState) -> tuple[torch.Tensor, torch.Tensor]:
-        """Audio embeddings [N, S, D] of the held-out recordings under the encoder of `state`, and labels [N]."""
-        rows = self.setup.test_rows
-        labels = torch.from_numpy(self.setup.labels[rows]).to(self.device)
-        return embed(self.parts.model, state, *rows_of(self.parts, rows)), labels
-
-    def _score(self, state: AdapterState, embeddings: torch.Tensor, labels: torch.Tensor) -> Evaluation:
-        own = adapter_part(state)
-        return evaluate(self.parts.adapter, own, embeddings, labels, objective=self.parts.objective)
-
     def confusion(self) -> np.ndarray:
         """Counts [C, C] of the global adapter on the held-out recordings, rows true, columns predicted."""
-        if self.last_evaluation is None:  # resumed after the last round
-            self.last_evaluation = self._score(self.state.adapter, *self._held_out(self.state.adapter))
-        return self.last_evaluation.confusion
+        return self.held_out.confusion(self.state.adapter)
 
     def save(self, run_dir: Path, *, mlflow_run_id: str | None) -> None:
         """Write a checkpoint from which a resume repeats the coming rounds bit for bit.
@@ -302,7 +272,7 @@ class Server:
 
     def sample_embeddings(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """For a plot: held-out audio embeddings [n, S * D], their classes, synthetic ones [m, S * D], their classes."""
-        real, labels = self._held_out(self.state.adapter)
+        real, labels = self.held_out.embeddings(self.state.adapter)
         made_labels, made = self._step.samples(self.state.buffer, 20, self.state.round_number)
         return real.flatten(1).cpu().numpy(), labels.cpu().numpy(), made, made_labels
 

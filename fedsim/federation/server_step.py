@@ -65,6 +65,11 @@ class ServerStep:
                 "refinement uses the clients' class means alone"
             )
 
+    @property
+    def has_generator(self) -> bool:
+        """Whether there is a generator, fitted or not."""
+        return self._generator is not None
+
     def generator_state(self) -> dict[str, Tensor]:
         """The generator's tensors, for a checkpoint."""
         return {} if self._generator is None else self._generator.state()
@@ -210,12 +215,21 @@ class ServerStep:
         if self._generator is None or buffer is None:
             size = int(np.prod(self._parts.adapter.input_shape))
             return np.zeros(0, dtype=np.int64), np.zeros((0, size), dtype=np.float32)
-        known = buffer.to(self._parts.device)
+        labels, rows = self.draw(buffer, per_class, "plot", round_number)
+        return labels, rows.flatten(1).cpu().numpy()
+
+    def draw(self, buffer: ClassStats, per_class: int, purpose: str, round_number: int) -> tuple[np.ndarray, Tensor]:
+        """Synthetic embeddings of every class of the buffer: labels [n], rows [n, S, D]; `purpose` names the stream.
+
+        Raises:
+            ValueError: there is no generator.
+        """
+        if self._generator is None:
+            raise ValueError("feda2v.use_generator or feda2v.global_model_train is false: no generator to draw from")
         # After a resume without another round the clients' outputs are gone: the public targets stand in for them.
         condition = public_conditions(self._parts.objective) if self._condition is None else self._condition
-        stream = rng(self._config.experiment.seed, "plot", round_number)
-        labels, rows = _draw(self._generator, known, condition, per_class, stream)
-        return labels, rows.flatten(1).cpu().numpy()
+        stream = rng(self._config.experiment.seed, purpose, round_number)
+        return _draw(self._generator, buffer.to(self._parts.device), condition, per_class, stream)
 
 
 def _draw(

@@ -1,4 +1,4 @@
-"""Pictures of a finished run: confusion matrix, embeddings in two dimensions, learning curves.
+"""Pictures of a finished run: confusion matrix, embeddings in two dimensions, learning curves, the generator's quality.
 
 Figures are matplotlib objects drawn by Agg; pyplot and its global state are not used. Legend for shapes: C classes,
 n real rows, m synthetic rows, E width of a flattened audio embedding.
@@ -19,19 +19,35 @@ from fedsim.federation.tracker import FinalReport
 MAX_POINTS = 2000
 """Rows of each kind in the picture of the embeddings; evenly spaced ones where there are more."""
 
-PANELS = (
+Panel = tuple[str, str, Mapping[str, str]]
+"""Title, unit, and the metric's name by the curve's label."""
+
+PANELS: Sequence[Panel] = (
     ("held-out accuracy", "top-1", {"averaged": "eval/top1_averaged", "refined": "eval/top1"}),
     ("client loss", "loss", {"train": "train/loss"}),
     ("generator loss", "loss", {"generator": "server/generator_loss"}),
     ("refinement loss", "loss", {"refinement": "server/adapter_finetuning_loss"}),
 )
 
+QUALITY_PANELS: Sequence[Panel] = (
+    ("class means", "NMSE", {"NMSE": "generator/nmse"}),
+    (
+        "Fréchet distance to held-out recordings", "squared units",
+        {"diagonal": "generator/frechet_diagonal", "full, main axes": "generator/frechet"},
+    ),
+    ("within-class correlations", "relative error", {"error": "generator/correlation_error"}),
+    ("within-class variance", "synthetic / real", {"diversity": "generator/diversity"}),
+    ("neighbourhoods", "share", {"coverage": "generator/coverage", "precision": "generator/precision"}),
+    ("trained on synthetic, tested on real", "top-1", {"accuracy": "generator/tstr_top1"}),
+)  # fmt: skip
+
 
 def write_plots(report: FinalReport) -> list[Path]:
     """Draw all pictures into `run_dir/plots/*.png`, each written atomically.
 
     Returns:
-        The files, in the order confusion_matrix, embeddings (only where there are real rows), learning_curves.
+        The files, in the order confusion_matrix, embeddings (only where there are real rows), learning_curves,
+        generator_quality (only where it was measured).
     """
     names = report.class_names
     figures = {"confusion_matrix": confusion_matrix(report.confusion, names)}
@@ -41,6 +57,8 @@ def write_plots(report: FinalReport) -> list[Path]:
             class_names=names,
         )  # fmt: skip
     figures["learning_curves"] = learning_curves(report.history)
+    if any(name.startswith("generator/") for entry in report.history for name in entry.get("metrics") or {}):
+        figures["generator_quality"] = generator_quality(report.history)
     folder = report.run_dir / "plots"
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -140,12 +158,29 @@ def learning_curves(history: Sequence[Mapping[str, Any]]) -> Any:
     Returns:
         A matplotlib Figure.
     """
+    phases = list(dict.fromkeys(phase for entry in history for phase in entry.get("seconds") or {}))
+    return _curves(history, PANELS, phases)
+
+
+def generator_quality(history: Sequence[Mapping[str, Any]]) -> Any:
+    """How near the generator's rows are to held-out recordings, over evaluated rounds.
+
+    Args:
+        history: as for `learning_curves`.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    return _curves(history, QUALITY_PANELS, ())
+
+
+def _curves(history: Sequence[Mapping[str, Any]], wanted: Sequence[Panel], phases: Sequence[str]) -> Any:
+    """The wanted panels that have values, and the seconds of the phases."""
     rounds = np.array([entry["round"] for entry in history], dtype=float)
     curves = [
-        (title, unit, {label: _series(history, key) for label, key in keys.items()}) for title, unit, keys in PANELS
+        (title, unit, {label: _series(history, key) for label, key in keys.items()}) for title, unit, keys in wanted
     ]
     panels = [panel for panel in curves if any(np.isfinite(values).any() for values in panel[2].values())]
-    phases = list(dict.fromkeys(phase for entry in history for phase in entry.get("seconds") or {}))
     count = len(panels) + bool(phases)
     columns = 2 if count in (2, 4) else min(max(count, 1), 3)
     rows = max(math.ceil(count / columns), 1)

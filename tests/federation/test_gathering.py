@@ -164,11 +164,11 @@ def test_a_block_of_a_thousand_small_clients_costs_the_server_a_few_milliseconds
 
 
 def test_a_cohorts_accuracies_are_those_of_its_parts(setup, monkeypatch):
-    from fedsim.federation import server as module
+    from fedsim.federation import held_out as module
 
     server = make_server(reconfigured(setup, "feda2v.global_model_train=false"))
     confusion = np.random.default_rng(0).integers(0, 9, (4, 4))
-    whole = server._client_accuracies(confusion, np.arange(7))
+    whole = server.held_out.client_accuracies(confusion, np.arange(7))
     monkeypatch.setattr(module, "CLIENTS_AT_ONCE", 2)
-    np.testing.assert_array_equal(server._client_accuracies(confusion, np.arange(7)), whole)
+    np.testing.assert_array_equal(server.held_out.client_accuracies(confusion, np.arange(7)), whole)
     assert whole.shape == (7,)

@@ -324,7 +324,7 @@ def test_metrics_of_a_round(setup):
     assert all(np.isfinite(list(result.metrics.values())))
     assert result.cohort_size == 7
     assert result.lost == ()
-    assert set(result.seconds) == {"train", "aggregate", "generate", "refine", "evaluate"}
+    assert set(result.seconds) == {"train", "aggregate", "generate", "refine", "evaluate", "quality"}
 
 
 def test_local_training_helps_and_the_numbers_say_so(setup):
@@ -459,7 +459,8 @@ def test_status_tells_phases_and_clients(setup):
     told = []
     server = make_server(setup, status=told.append)
     server.run_round()
-    assert list(dict.fromkeys(s["phase"] for s in told)) == ["train", "aggregate", "generate", "refine", "evaluate"]
+    phases = ["train", "aggregate", "generate", "refine", "evaluate", "quality"]
+    assert list(dict.fromkeys(s["phase"] for s in told)) == phases
     done = [s["clients_done"] for s in told if "clients_done" in s]
     assert done == sorted(done)
     assert (done[0], done[-1]) == (0, 7)

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from fedsim.federation.tracker import FinalReport
-from fedsim.tracking.plots import MAX_POINTS, confusion_matrix, embeddings, learning_curves, write_plots
+from fedsim.tracking.plots import (
+    MAX_POINTS,
+    confusion_matrix,
+    embeddings,
+    generator_quality,
+    learning_curves,
+    write_plots,
+)
 
 MakeReport = Callable[..., FinalReport]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -87,6 +94,21 @@ def test_a_history_without_numbers_says_so(history: list[dict[str, object]], tmp
     figure = learning_curves(history)
     assert "no finite values" in figure.axes[0].texts[0].get_text()
     figure.savefig(tmp_path / "x.png")
+
+
+def test_the_generators_quality_is_drawn_where_it_was_measured(make_report: MakeReport) -> None:
+    history = [
+        {"round": 1, "metrics": {"eval/top1": 0.5}, "seconds": {"train": 1.0}},
+        {"round": 2, "metrics": {"generator/coverage": 0.2, "generator/precision": 1.0, "generator/nmse": 0.7}},
+        {"round": 4, "metrics": {"generator/coverage": 0.4, "generator/precision": 0.9, "generator/nmse": None}},
+    ]
+    figure = generator_quality(history)
+    assert panels(figure) == ["class means", "neighbourhoods"]
+    curves = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[1].lines}
+    assert curves == {"coverage": [[2.0, 0.2], [4.0, 0.4]], "precision": [[2.0, 1.0], [4.0, 0.9]]}
+    paths = write_plots(dataclasses.replace(make_report(), history=history))
+    assert [path.name for path in paths][-2:] == ["learning_curves.png", "generator_quality.png"]
+    assert paths[-1].read_bytes().startswith(PNG)
 
 
 def test_pyplot_is_not_touched(make_report: MakeReport) -> None:
