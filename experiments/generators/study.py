@@ -47,7 +47,6 @@ METHODS: dict[str, tuple[str, ...]] = {
     "replay": generator("replay"),
     "gaussian": generator("gaussian"),
     "lowrank": generator("lowrank"),
-    "full": generator("full"),
     "vae": generator("vae"),
     "gan": generator("gan"),
     "replay + contrastive": (*generator("replay"), *CONTRASTIVE),
@@ -83,7 +82,12 @@ SETTINGS = {
     ),
     "log-mel in 4 segments with attention, one class per client": Setting(
         "logmel",
-        ("model.audio_encoder.segments=4", "model.adapters.clip.preset=map", "model.adapters.clip.num_heads=4"),
+        (
+            "model.audio_encoder.segments=4",
+            "model.adapters.clip.preset=slim",
+            "model.adapters.clip.hidden=[64]",
+            "model.adapters.clip.width=64",
+        ),
     ),
     "YAMNet, Dirichlet 0.05": Setting("yamnet"),
     "YAMNet, Dirichlet 100": Setting("yamnet", ("federation.alpha=100",)),
