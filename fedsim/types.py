@@ -42,8 +42,8 @@ class Broadcast:
         evaluate_personal: clients that keep their own adapters also score them on the held-out recordings.
         evaluate_clients: clients measure loss and accuracy on their own recordings before and after training; where
             they don't, those numbers are NaN.
-        basis: orthonormal directions [S * D, R] in which clients measure the spread within their classes (see
-            `algorithms.within_class`); None: they don't.
+        extra: what else clients are told, by name: "basis" (see `algorithms.within_class`); "deviation" and
+            "generator.*" (see `algorithms.client_generator`).
     """
 
     round_number: int
@@ -51,7 +51,7 @@ class Broadcast:
     adapter: AdapterState
     evaluate_personal: bool = False
     evaluate_clients: bool = True
-    basis: Tensor | None = None
+    extra: AdapterState = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,21 @@ class PooledCovariance:
 
 
 @dataclass(frozen=True)
+class Learnt:
+    """What clients' sums have taught the server for its generator, over the rounds so far.
+
+    Attributes:
+        pooled: the within-class covariance, or None as long as none was measured.
+        network: tensors of the network that clients train, by name; empty where they train none.
+        deviation: scale in which they have trained it [S * D]; None as long as they haven't.
+    """
+
+    pooled: PooledCovariance | None = None
+    network: AdapterState = field(default_factory=dict)
+    deviation: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class ClientMetrics:
     """Numbers per client of a block, arrays of length K.
 
@@ -233,8 +248,8 @@ class BlockUpdate:
         updates: one flat row per client [K, P], float32, when the aggregator asks for them: the trained tensors where
             clients are kept apart, else local - global; None when the sum is all that is needed.
         seconds: wall time of the block's training.
-        scatter: sums over the block's clients, along the fixed tree: spread within classes, by name (see
-            `algorithms.within_class`); empty where the broadcast doesn't ask for it.
+        sums: what the block's clients add up beside their deltas, along the fixed tree, by name; what `Broadcast.extra`
+            asks for: "product", "diagonal" and "freedom" for a basis, "generator.*" and "generator_weight".
     """
 
     index: int
@@ -244,7 +259,7 @@ class BlockUpdate:
     metrics: ClientMetrics
     updates: np.ndarray | None
     seconds: float
-    scatter: AdapterState = field(default_factory=dict)
+    sums: AdapterState = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

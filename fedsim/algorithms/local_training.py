@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor
 from fedsim.algorithms.aggregation import tree_sum_
 from fedsim.algorithms.batches import Batch, Batches
 from fedsim.algorithms.client_model import ENCODER, ClientModel
-from fedsim.algorithms.objective import Objective
 from fedsim.algorithms.optimizers import Gradients, StackParams, clip_, make_optimizer
 from fedsim.models.adapters.layers import is_linear_weight
 from fedsim.models.adapters.shared_weight import OuterProduct, SharedWeight
@@ -45,6 +45,14 @@ class LocalTraining:
     def linear_steps(self) -> bool:
         """Whether a step only adds a multiple of the loss's gradient (plain SGD)."""
         return self.optimizer == "SGD" and not (self.momentum or self.weight_decay or self.proximal_weight)
+
+
+class RowLoss(Protocol):
+    """What clients minimise (see `objective.Objective`)."""
+
+    def loss_rows(self, outputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        """Loss of every row [K, B], from outputs by name [K, B, ...] and labels [K, B]."""
+        ...
 
 
 @dataclass
@@ -85,7 +93,7 @@ def train_stack(
     params: dict[str, Tensor | SharedWeight],
     batches: Batches,
     *,
-    objective: Objective,
+    objective: RowLoss,
     how: LocalTraining,
     buffers: Buffers,
     most_steps: int | None = None,
@@ -163,7 +171,7 @@ def _multiply_out(
 
 
 def loss_and_grads(
-    model: ClientModel, params: StackParams, batch: Batch, *, objective: Objective, precision: str = "float32"
+    model: ClientModel, params: StackParams, batch: Batch, *, objective: RowLoss, precision: str = "float32"
 ) -> tuple[Tensor, Gradients]:
     """Mean loss of each client over the unmasked rows of one batch [K], and gradients by name."""
     leaves = {

@@ -74,17 +74,15 @@ def _borrowed(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array)
 
 
-def pack_broadcast(broadcast: Broadcast) -> tuple[Broadcast, PackedState, np.ndarray | None]:
-    """A broadcast as (record without tensors, packed tensors, basis)."""
-    basis = None if broadcast.basis is None else broadcast.basis.cpu().numpy()
-    return replace(broadcast, adapter={}, basis=None), pack_state(broadcast.adapter), basis
+def pack_broadcast(broadcast: Broadcast) -> tuple[Broadcast, PackedState, PackedState]:
+    """A broadcast as (record without tensors, the adapter's tensors, the others)."""
+    return replace(broadcast, adapter={}, extra={}), pack_state(broadcast.adapter), pack_state(broadcast.extra)
 
 
-def unpack_broadcast(message: tuple[Broadcast, PackedState, np.ndarray | None]) -> Broadcast:
+def unpack_broadcast(message: tuple[Broadcast, PackedState, PackedState]) -> Broadcast:
     """The broadcast with its own copy of the tensors."""
-    record, packed, basis = message
-    own = None if basis is None else torch.from_numpy(np.array(basis))
-    return replace(record, adapter=unpack_state(packed), basis=own)
+    record, adapter, extra = message
+    return replace(record, adapter=unpack_state(adapter), extra=unpack_state(extra))
 
 
 def pack_block(block: Block) -> tuple[int, np.ndarray, np.ndarray | None]:
@@ -114,7 +112,7 @@ def pack_update(update: BlockUpdate) -> dict[str, Any]:
         "metrics": update.metrics,
         "updates": update.updates,
         "seconds": update.seconds,
-        "scatter": pack_state(update.scatter),
+        "sums": pack_state(update.sums),
     }
 
 
@@ -138,5 +136,5 @@ def unpack_update(message: Mapping[str, Any]) -> BlockUpdate:
         metrics=message["metrics"],
         updates=message["updates"],
         seconds=message["seconds"],
-        scatter=_split(message["scatter"], _borrowed(message["scatter"].vector)),
+        sums=_split(message["sums"], _borrowed(message["sums"].vector)),
     )

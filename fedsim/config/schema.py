@@ -227,7 +227,7 @@ class FedA2V(Section):
         1e-3, "adam, yogi of server_optimizer: tau, added to the root of the second moment", gt=0
     )
     use_generator: bool = key(False, "build and train the generator, and refine with its samples")
-    generator_type: Literal["replay", "gaussian", "cof", "lowrank", "full", "vae", "gan"] = key(
+    generator_type: Literal["replay", "gaussian", "cof", "lowrank", "full", "residual_vae", "vae", "gan"] = key(
         "vae", "kind of generator"
     )
     generator_rows: Literal["means", "moments", "lowrank"] = key(

@@ -103,7 +103,7 @@ class BlockTrainer:
             metrics=trained.metrics,
             updates=trained.updates,
             seconds=time.perf_counter() - start,
-            scatter=trained.scatter,
+            sums=trained.sums,
         )
 
     def _train_stack(
@@ -135,12 +135,12 @@ class BlockTrainer:
     ) -> TrainedStack:
         """Train `size` clients at a time; sums are joined along the tree as they come."""
         stacks, parts = data.split(size), []
-        tree, scatter = SumTree(len(stacks)), SumTree(len(stacks))
+        tree, sums = SumTree(len(stacks)), SumTree(len(stacks))
         for number, some in enumerate(stacks):
             stack = train(some, None if own is None else own[number * size : (number + 1) * size])
             tree.add(number, stack.delta_sum, owned=True)
-            scatter.add(number, stack.scatter, owned=True)
-            parts.append(replace(stack, delta_sum=None, scatter={}))
+            sums.add(number, stack.sums, owned=True)
+            parts.append(replace(stack, delta_sum=None, sums={}))
         updates = [part.updates for part in parts if part.updates is not None]
         limit = self._setup.config.feda2v.statistics_rows
         stats = concatenate_stats([part.stats for part in parts])
@@ -150,5 +150,5 @@ class BlockTrainer:
             stats=sample_rows(stats, limit, seed=broadcast.seed, round_number=broadcast.round_number),
             metrics=join_metrics([part.metrics for part in parts]),
             updates=np.concatenate(updates) if updates else None,
-            scatter=scatter.root() or {},
+            sums=sums.root() or {},
         )

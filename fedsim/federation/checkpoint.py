@@ -28,7 +28,7 @@ from torch import Tensor
 from fedsim.config import Config, flatten
 from fedsim.errors import CheckpointError
 from fedsim.federation.client_store import ClientIndex, require_rows
-from fedsim.types import AdapterState, ClassStats, PooledCovariance
+from fedsim.types import AdapterState, ClassStats, Learnt, PooledCovariance
 
 log = logging.getLogger(__name__)
 SCHEMA = 2
@@ -49,7 +49,7 @@ class ServerState:
         generator: the generator's own state with its optimiser; empty before its first fit.
         buffer: class statistics of earlier rounds, or None.
         clients: where the tensors that clients keep lie in the run's client store.
-        pooled: the within-class covariance that rounds so far have found, or None.
+        learnt: what clients' sums have taught the server for its generator.
         server_optimizer: moments of the server optimiser by name; empty before its first step, or without one.
     """
 
@@ -58,7 +58,7 @@ class ServerState:
     generator: Mapping[str, Tensor] = field(default_factory=dict)
     buffer: ClassStats | None = None
     clients: ClientIndex = field(default_factory=ClientIndex)
-    pooled: PooledCovariance | None = None
+    learnt: Learnt = field(default_factory=Learnt)
     server_optimizer: AdapterState = field(default_factory=dict)
 
 
@@ -118,9 +118,12 @@ def _tables(state: ServerState) -> dict[str, dict[str, Tensor]]:
             tables["buffer"]["audio_var"] = state.buffer.audio_var
         if state.buffer.sampled_count is not None:
             tables["buffer"]["sampled_count"] = torch.from_numpy(state.buffer.sampled_count)
-    if (pooled := state.pooled) is not None:
+    if (pooled := state.learnt.pooled) is not None:
         freedom = torch.tensor(pooled.freedom, dtype=torch.float64)
         tables["pooled"] = {"factor": pooled.factor, "residual": pooled.residual, "freedom": freedom}
+    tables["client_generator"] = dict(state.learnt.network)
+    if state.learnt.deviation is not None:
+        tables["client_generator"]["deviation"] = state.learnt.deviation
     tables["server_optimizer"] = dict(state.server_optimizer)
     # safetensors keeps one copy of shared memory; clones keep tables independent of that.
     return {name: {k: t.clone() for k, t in table.items()} for name, table in tables.items() if table}
@@ -243,8 +246,10 @@ def _from_tables(round_number: int, tables: Mapping[str, dict[str, Tensor]]) -> 
     if "pooled" in tables:
         table = tables["pooled"]
         pooled = PooledCovariance(table["factor"], table["residual"], float(table["freedom"]))
+    network = dict(tables.get("client_generator", {}))
+    learnt = Learnt(pooled, deviation=network.pop("deviation", None), network=network)
     generator, moments = tables.get("generator", {}), tables.get("server_optimizer", {})
-    return ServerState(round_number, tables["adapter"], generator, buffer, clients, pooled, moments)
+    return ServerState(round_number, tables["adapter"], generator, buffer, clients, learnt, moments)
 
 
 def _sha256(file: Path) -> str:

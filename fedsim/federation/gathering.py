@@ -164,7 +164,7 @@ def make_joining(
 
 
 class Numbers:
-    """Numbers per client in arrays over the cohort, the sample of class statistics, and the spread within classes.
+    """Numbers per client in arrays over the cohort, the sample of class statistics, and what clients add up for it.
 
     Args:
         broadcast: says what is measured in this round.
@@ -177,7 +177,7 @@ class Numbers:
         self._block_size = block_size
         self._values = {name: np.full(num_clients, np.nan) for name in measured_metrics(broadcast)}
         self._rows = RowCollector(statistics_rows, seed=broadcast.seed, round_number=broadcast.round_number)
-        self._scatter = SumTree(-(-num_clients // block_size))
+        self._sums = SumTree(-(-num_clients // block_size))
         self.answered = 0
         self.stats_bytes = 0
 
@@ -189,19 +189,19 @@ class Numbers:
         self.answered += count
         self.stats_bytes += stats_bytes(update.stats)
         self._rows.add(update.stats)
-        self._scatter.add(update.index, update.scatter)
+        self._sums.add(update.index, update.sums)
 
     def lose(self, index: int) -> None:
         """Go on without a block."""
-        self._scatter.add(index, None)
+        self._sums.add(index, None)
 
     def stats(self) -> ClassStats:
         """The sample of the round's class statistics, by client and class."""
         return self._rows.sample()
 
-    def scatter(self) -> AdapterState:
-        """The cohort's sums for the pooled within-class covariance; empty where they weren't asked for."""
-        return self._scatter.root() or {}
+    def sums(self) -> AdapterState:
+        """What the cohort's clients have added up beside their deltas, by name."""
+        return self._sums.root() or {}
 
     def metrics(self) -> dict[str, float]:
         """Means over the clients that answered, in cohort order (float64)."""

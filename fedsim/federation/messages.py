@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.algorithms.client_generator import PREFIX, WEIGHT
 from fedsim.errors import ClientError
 from fedsim.types import AdapterState, Block, BlockUpdate, Broadcast, ClassStats, ClientMetrics
 
@@ -81,7 +82,7 @@ def _problems(update: BlockUpdate, block: Block, expected: Expected, broadcast: 
         yield from _state_problems(update.delta_sum, expected.adapter)
     yield from _metric_problems(update.metrics, len(block.client_ids), measured_metrics(broadcast))
     yield from _stats_problems(update.stats, block, expected)
-    yield from _scatter_problems(update.scatter, broadcast)
+    yield from _sum_problems(update.sums, broadcast)
 
 
 def _row_problems(rows: np.ndarray | None, count: int, row_size: int) -> Iterator[str]:
@@ -144,21 +145,22 @@ def _stats_problems(stats: ClassStats, block: Block, expected: Expected) -> Iter
         yield "audio_var has negative numbers"
 
 
-def _scatter_problems(scatter: AdapterState, broadcast: Broadcast) -> Iterator[str]:
+def _sum_problems(sums: AdapterState, broadcast: Broadcast) -> Iterator[str]:
     wanted: dict[str, tuple[int, ...]] = {}
-    if broadcast.basis is not None:
-        size, rank = broadcast.basis.shape
-        wanted = {"product": (size, rank), "diagonal": (size,), "freedom": (1,)}
-    if scatter.keys() != wanted.keys():
-        yield f"sums of the spread within classes are {sorted(scatter)}, expected {sorted(wanted)}"
+    if (basis := broadcast.extra.get("basis")) is not None:
+        wanted = {"product": tuple(basis.shape), "diagonal": (len(basis),), "freedom": (1,)}
+    networks = {name: tuple(t.shape) for name, t in broadcast.extra.items() if name.startswith(PREFIX)}
+    wanted |= networks | ({WEIGHT: (1,)} if networks else {})
+    if sums.keys() != wanted.keys():
+        yield f"its sums are {sorted(sums)}, expected {sorted(wanted)}"
         return
     for name, shape in wanted.items():
-        if tuple(scatter[name].shape) != shape:
-            yield f"the spread's {name} has shape {list(scatter[name].shape)}, expected {list(shape)}"
-        elif not all_finite(scatter[name]):
-            yield f"the spread's {name} has non-finite numbers"
-        elif name != "product" and float(scatter[name].min()) < 0:
-            yield f"the spread's {name} has negative numbers"
+        if tuple(sums[name].shape) != shape:
+            yield f"the sum {name} has shape {list(sums[name].shape)}, expected {list(shape)}"
+        elif not all_finite(sums[name]):
+            yield f"the sum {name} has non-finite numbers"
+        elif name in ("diagonal", "freedom", WEIGHT) and float(sums[name].min()) < 0:
+            yield f"the sum {name} has negative numbers"
 
 
 def all_finite(tensor: Tensor) -> bool:

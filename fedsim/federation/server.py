@@ -26,6 +26,7 @@ from fedsim.errors import ConfigError, QuorumError
 from fedsim.federation.blocks import make_blocks
 from fedsim.federation.checkpoint import CLIENTS, ServerState, kept_indices, save_checkpoint
 from fedsim.federation.client_store import ClientIndex, ClientStore
+from fedsim.federation.client_sums import ClientSums
 from fedsim.federation.clock import RoundClock, Status
 from fedsim.federation.gathering import Joining, Numbers, OwnBlocks, make_joining
 from fedsim.federation.held_out import HeldOut
@@ -35,7 +36,7 @@ from fedsim.federation.pool import ClientPool, LostBlock
 from fedsim.federation.server_step import ServerStep
 from fedsim.federation.setup import Setup
 from fedsim.seeding import rng
-from fedsim.types import Block, Broadcast, LostClient, RoundResult, flatten_state
+from fedsim.types import AdapterState, Block, Broadcast, Learnt, LostClient, RoundResult, flatten_state
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,8 @@ class Server:
     ) -> None:
         self.setup, self.config, self.pool, self.device = setup, setup.config, pool, device
         self.parts: Parts = build_parts(setup, device)
-        self.state = state or ServerState(0, initial_state(setup, self.parts))
+        self._client_sums = ClientSums(self.config, int(np.prod(self.parts.adapter.input_shape)))
+        self.state = state or ServerState(0, initial_state(setup, self.parts), learnt=self._client_sums.start())
         settings = self.config.feda2v
         self.aggregator = make_aggregator(
             settings.adapter_aggregation_mode,
@@ -114,10 +116,8 @@ class Server:
                 averaged = self.aggregator.step(state.adapter, joining.joined())
                 averaged, moments = self.optimizer.step(state.adapter, averaged, state.server_optimizer)
                 stats = numbers.stats()
-                pooled = self._step.pooled(
-                    state.pooled, numbers.scatter(), broadcast.basis, memory=self._absent_share()
-                )
-        stepped = self._step.run(averaged, stats, state.buffer, pooled, clock)
+                learnt = self._learn(numbers.sums(), broadcast)
+        stepped = self._step.run(averaged, stats, state.buffer, learnt, clock)
         metrics = stepped.metrics | numbers.metrics()
         if broadcast.evaluate_clients:
             metrics |= self.held_out.measure(
@@ -130,7 +130,7 @@ class Server:
         up, down = self._bytes(cohort, broadcast, numbers)
         generator = self._step.generator_state()
         kept = ClientIndex() if self.clients is None else self.clients.commit()
-        self.state = ServerState(clock.round_number, stepped.adapter, generator, stepped.buffer, kept, pooled, moments)
+        self.state = ServerState(clock.round_number, stepped.adapter, generator, stepped.buffer, kept, learnt, moments)
         return RoundResult(clock.round_number, len(cohort), tuple(lost), metrics, clock.seconds, up, down)
 
     def _sample_cohort(self, round_number: int) -> np.ndarray:
@@ -144,9 +144,11 @@ class Server:
         population = self.setup.partition.num_clients
         return min(self.config.federation.cohort_size or population, population)
 
-    def _absent_share(self) -> float:
-        """Share of the population that a cohort leaves out."""
-        return 1.0 - self._cohort_size() / self.setup.partition.num_clients
+    def _learn(self, sums: AdapterState, broadcast: Broadcast) -> Learnt:
+        """Earlier rounds are remembered by the share of the population that a cohort leaves out."""
+        absent = 1.0 - self._cohort_size() / self.setup.partition.num_clients
+        frozen = self.config.model.audio_encoder.trainable == "none"
+        return self._client_sums.learn(self.state.learnt, sums, broadcast.extra, memory=absent if frozen else 0.0)
 
     def _broadcast(self, round_number: int) -> Broadcast:
         """What clients are told. Those that keep their own adapters never see the server's: newcomers start alike."""
@@ -154,8 +156,8 @@ class Server:
         due = round_number % every == 0 or round_number == last
         apart = self.aggregator.keeps_clients_apart
         sent = initial_state(self.setup, self.parts) if apart else self.state.adapter
-        basis = self._step.basis(self.state.pooled, round_number)
-        return Broadcast(round_number, self.config.experiment.seed, sent, due and apart, due, basis)
+        extra = self._client_sums.extra(self.state.learnt, round_number)
+        return Broadcast(round_number, self.config.experiment.seed, sent, due and apart, due, extra)
 
     def _numbers(self, broadcast: Broadcast, num_clients: int) -> Numbers:
         return Numbers(
@@ -236,9 +238,8 @@ class Server:
 
     def _bytes(self, cohort: np.ndarray, broadcast: Broadcast, numbers: Numbers) -> tuple[int, int]:
         """What the cohort's clients would send and receive; those that keep their own tensors receive them once."""
-        basis = broadcast.basis
-        size, told = state_bytes(broadcast.adapter), state_bytes({} if basis is None else {"basis": basis})
-        up = numbers.stats_bytes + numbers.answered * state_bytes(numbers.scatter())
+        size, told = state_bytes(broadcast.adapter), state_bytes(broadcast.extra)
+        up = numbers.stats_bytes + numbers.answered * state_bytes(numbers.sums())
         if self.clients is None:
             changed = size if self.config.federation.local_epochs else 0  # who doesn't train has no change to send
             return up + numbers.answered * changed, len(cohort) * (size + told)

@@ -23,14 +23,14 @@ from fedsim.algorithms.generation import (
 )
 from fedsim.algorithms.refinement import Refined, Refinement, refine
 from fedsim.algorithms.row_sample import sample_rows, settle_counts
-from fedsim.algorithms.within_class import estimate, merged, next_basis
 from fedsim.config.schema import Config
 from fedsim.federation.clock import RoundClock
 from fedsim.federation.parts import Parts, adapter_part
 from fedsim.federation.setup import Setup
-from fedsim.models.generators import FitReport, Generator, GeneratorSpec, make_generator, uses_covariance
+from fedsim.models.generators import FitReport, Generator, GeneratorSpec, make_generator
+from fedsim.models.generators.residual_vae import ResidualVae
 from fedsim.seeding import rng
-from fedsim.types import AdapterState, ClassStats, PooledCovariance
+from fedsim.types import AdapterState, ClassStats, Learnt
 
 log = logging.getLogger(__name__)
 
@@ -74,37 +74,12 @@ class ServerStep:
         """The generator's tensors, for a checkpoint."""
         return {} if self._generator is None else self._generator.state()
 
-    def basis(self, known: PooledCovariance | None, round_number: int) -> Tensor | None:
-        """Directions [S * D, R] in which this round's clients measure the spread within classes; None: none is used."""
-        kind, settings = self._config.feda2v.generator_type, self._config.feda2v
-        if self._generator is None or not uses_covariance(kind, settings.generator_rows):
-            return None
-        size = int(np.prod(self._parts.adapter.input_shape))
-        rank, seed = size if kind == "full" else settings.generator_rank, self._config.experiment.seed
-        return next_basis(known, size=size, rank=rank, seed=seed, round_number=round_number)
-
-    def pooled(
-        self, known: PooledCovariance | None, scatter: AdapterState, basis: Tensor | None, *, memory: float
-    ) -> PooledCovariance | None:
-        """The within-class covariance after a round.
-
-        Args:
-            known: of earlier rounds.
-            scatter: the cohort's sums.
-            basis: what they were made with.
-            memory: share of its freedom with which the earlier one counts on.
-        """
-        if basis is None or not scatter:
-            return known
-        frozen = self._config.model.audio_encoder.trainable == "none"
-        return merged(known, estimate(scatter, basis), memory=memory if frozen else 0.0)
-
     def run(
         self,
         averaged: AdapterState,
         fresh: ClassStats,
         buffer: ClassStats | None,
-        pooled: PooledCovariance | None,
+        learnt: Learnt,
         clock: RoundClock,
     ) -> Stepped:
         """Fit and refine.
@@ -113,7 +88,7 @@ class ServerStep:
             averaged: tensors after aggregation.
             fresh: this round's statistics.
             buffer: statistics of earlier rounds.
-            pooled: the within-class covariance, for generators that use it.
+            learnt: what clients' sums have taught, for generators that use it.
             clock: times the phases "generate" and "refine".
         """
         settings = self._config.feda2v
@@ -132,7 +107,7 @@ class ServerStep:
         metrics: dict[str, float] = {}
         if self._generator is not None:
             with clock("generate"):
-                report = self._fit(self._generator, known, condition, pooled, clock.round_number)
+                report = self._fit(self._generator, known, condition, learnt, clock.round_number)
             metrics |= {"server/generator_loss": report.mean_loss}
             metrics |= {f"server/generator_{name}": value for name, value in report.metrics.items()}
         with clock("refine"):
@@ -159,16 +134,18 @@ class ServerStep:
         generator: Generator,
         known: ClassStats,
         condition: Tensor,
-        pooled: PooledCovariance | None,
+        learnt: Learnt,
         round_number: int,
     ) -> FitReport:
         settings = self._config.feda2v
+        if isinstance(generator, ResidualVae):
+            generator.take(learnt.network, learnt.deviation)
         report = generator.fit(
             known,
             condition,
             epochs=generator_epochs(self._config),
             stream=rng(self._config.experiment.seed, "generator", round_number),
-            pooled=pooled and pooled.to(self._parts.device),
+            pooled=learnt.pooled and learnt.pooled.to(self._parts.device),
         )
         for epoch in report.epochs:
             for line in describe_epoch(settings.generator_type, self._class_names, epoch):

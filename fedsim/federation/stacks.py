@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedsim.algorithms.aggregation import make_aggregator
 from fedsim.algorithms.batches import ClientRows, training_batches
+from fedsim.algorithms.client_generator import PREFIX, ClientGenerators
 from fedsim.algorithms.client_model import ENCODER, embed
 from fedsim.algorithms.evaluation import evaluate
 from fedsim.algorithms.local_training import (
@@ -48,7 +49,7 @@ STEP_FLOP = {"cpu": 5e8, "cuda": 1e12}
 class TrainedStack:
     """What is left of a stack: sum of weighted deltas [*shape], sum of weights, statistics, numbers, flat rows [K, P].
 
-    Either the sum is there or, where the aggregator needs all updates, the rows; `scatter` where it was asked for.
+    Either the sum is there or, where the aggregator needs all updates, the rows; `sums` of what the broadcast asks for.
     """
 
     delta_sum: AdapterState | None
@@ -56,7 +57,7 @@ class TrainedStack:
     stats: ClassStats
     metrics: ClientMetrics
     updates: np.ndarray | None
-    scatter: AdapterState
+    sums: AdapterState
 
 
 def local_training(config: Config) -> LocalTraining:
@@ -72,6 +73,20 @@ def local_training(config: Config) -> LocalTraining:
         local_epochs=config.federation.local_epochs,
         precision=training.precision,
         proximal_weight=training.proximal_weight,
+    )
+
+
+def generator_training(config: Config) -> LocalTraining:
+    """How clients train generators, from the configuration."""
+    settings = config.feda2v
+    return LocalTraining(
+        optimizer="AdamW",
+        learning_rate=settings.generator_learning_rate or config.training.learning_rate,
+        batch_size=config.training.batch_size,
+        weight_decay=1e-4,
+        momentum=0.0,
+        clip_norm=5.0,
+        local_epochs=settings.generator_epochs or settings.global_model_train_epochs,
     )
 
 
@@ -135,6 +150,9 @@ class StackTrainer:
         self._setup, self._config, self._parts = setup, setup.config, parts
         self._aggregator = make_aggregator(setup.config.feda2v.adapter_aggregation_mode)
         self.how = local_training(setup.config)
+        self._client_generators = ClientGenerators(
+            generator_training(setup.config), min_count=setup.config.privacy.min_count
+        )
         self._buffers = Buffers()
 
     def costs(self, broadcast: Broadcast, *, most_steps: int, own: bool) -> ClientCosts:
@@ -145,7 +163,7 @@ class StackTrainer:
             steps=most_steps,
             how=self.how,
             apart=own or self._aggregator.needs_updates,
-            sums=0 if broadcast.basis is None else broadcast.basis.numel(),
+            sums=broadcast.extra["basis"].numel() if "basis" in broadcast.extra else 0,
         )
 
     def size(self, costs: ClientCosts) -> int:
@@ -171,7 +189,11 @@ class StackTrainer:
             ClientError: a loss or an update isn't finite.
         """
         params = self._start(own, broadcast, len(data))
-        wanted, with_stats, basis = broadcast.evaluate_clients, self._config.feda2v.global_model_train, broadcast.basis
+        wanted, with_stats, basis = (
+            broadcast.evaluate_clients,
+            self._config.feda2v.global_model_train,
+            broadcast.extra.get("basis"),
+        )
         if self.how.local_epochs:
             before = self._evaluate(params, data) if wanted else None
             losses = self._steps(params, data, broadcast, most_steps)
@@ -191,7 +213,7 @@ class StackTrainer:
             stats=empty_stats(self._parts.adapter) if after is None or after.stats is None else after.stats,
             metrics=_metrics(data, losses, before, after, held_out),
             updates=updates,
-            scatter={} if after is None else after.scatter,
+            sums=({} if after is None else after.scatter) | self._generators(data, broadcast),
         )
 
     def _start(self, own: np.ndarray | None, broadcast: Broadcast, clients: int) -> dict[str, Tensor | SharedWeight]:
@@ -234,6 +256,22 @@ class StackTrainer:
             stats_min_count=self._config.privacy.min_count if with_stats else None,
             share_variances=self._config.privacy.share_variances,
             basis=None if basis is None else basis.to(self._parts.device),
+        )
+
+    def _generators(self, data: ClientRows, broadcast: Broadcast) -> AdapterState:
+        """Changes of the clients' generators, summed; none where they aren't trained."""
+        network = {n.removeprefix(PREFIX): t for n, t in broadcast.extra.items() if n.startswith(PREFIX)}
+        if not network:
+            return {}
+        device = self._parts.device
+        rows = torch.from_numpy(data.rows).to(data.inputs.device)
+        return self._client_generators.train(
+            data,
+            data.inputs.index_select(0, rows),
+            network={name: tensor.to(device) for name, tensor in network.items()},
+            deviation=broadcast.extra["deviation"].to(device),
+            seed=broadcast.seed,
+            round_number=broadcast.round_number,
         )
 
     def _updates(self, params: StackParams, broadcast: Broadcast) -> np.ndarray:

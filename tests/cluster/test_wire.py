@@ -76,11 +76,11 @@ def test_other_numbers_than_float32_are_refused(dtype):
 
 
 def test_broadcasts_and_blocks_make_the_round_trip():
-    for basis in (None, torch.eye(3)[:, :2]):
-        broadcast = Broadcast(3, 7, STATE, evaluate_personal=True, basis=basis)
+    for extra in ({}, {"basis": torch.eye(3)[:, :2], "deviation": torch.ones(3)}):
+        broadcast = Broadcast(3, 7, STATE, evaluate_personal=True, extra=extra)
         record, packed, sent = pack_broadcast(broadcast)
         assert record.adapter == {}
-        assert record.basis is None
+        assert record.extra == {}
         same(unpack_broadcast((record, packed, sent)), broadcast)
     for own in (None, np.ones((2, 3), dtype=np.float32)):
         block = Block(2, np.array([5, 9]), own)
@@ -93,9 +93,9 @@ def test_updates_make_the_round_trip(setup, mode, variances):
     options = (f"feda2v.adapter_aggregation_mode={mode}", f"privacy.share_variances={variances}")
     setup = reconfigured(setup, *SERVER_STEP, *options, "feda2v.statistics_rows=2")
     start = make_server(setup).state.adapter
-    basis = torch.eye(128)[:, :3] if mode == "weighted" else None
-    update = BlockTrainer(setup, CPU).train(block_of(1, 2, 3), Broadcast(1, 7, start, basis=basis))
-    assert sorted(update.scatter) == ([] if basis is None else ["diagonal", "freedom", "product"])
+    extra = {"basis": torch.eye(128)[:, :3]} if mode == "weighted" else {}
+    update = BlockTrainer(setup, CPU).train(block_of(1, 2, 3), Broadcast(1, 7, start, extra=extra))
+    assert sorted(update.sums) == (["diagonal", "freedom", "product"] if extra else [])
     assert (update.delta_sum is None) == (update.updates is not None) == (mode != "weighted")
     assert len(update.stats) == 2
     assert update.stats.threshold > 0

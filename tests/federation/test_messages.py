@@ -24,7 +24,7 @@ def trained(setup):
     """A block's update, the block, what is expected of it, and the broadcast that it answers."""
     server = make_server(setup)
     block = Block(2, np.argsort(setup.partition.counts, kind="stable")[-2:])
-    broadcast = Broadcast(3, 7, server.state.adapter, basis=torch.eye(S * D)[:, :3])
+    broadcast = Broadcast(3, 7, server.state.adapter, extra={"basis": torch.eye(S * D)[:, :3]})
     update = BlockTrainer(setup, CPU).train(block, broadcast)
     assert len(update.stats) >= 2
     return update, block, server._expected, broadcast
@@ -55,18 +55,18 @@ BREAK = {
         lambda u: replace(u, delta_sum=changed(u.delta_sum, "clip.last.bias", torch.full((16,), torch.nan))),
         "clip.last.bias has non-finite numbers",
     ),
-    "no spread": (lambda u: replace(u, scatter={}), "sums of the spread within classes are [], expected ['diagonal', "),
+    "no spread": (lambda u: replace(u, sums={}), "its sums are [], expected ['diagonal', "),
     "spread's shape": (
-        lambda u: replace(u, scatter=changed(u.scatter, "product", torch.zeros(S * D, 4))),
-        "the spread's product has shape [128, 4], expected [128, 3]",
+        lambda u: replace(u, sums=changed(u.sums, "product", torch.zeros(S * D, 4))),
+        "the sum product has shape [128, 4], expected [128, 3]",
     ),
     "spread not finite": (
-        lambda u: replace(u, scatter=changed(u.scatter, "product", torch.full((S * D, 3), torch.inf))),
-        "the spread's product has non-finite numbers",
+        lambda u: replace(u, sums=changed(u.sums, "product", torch.full((S * D, 3), torch.inf))),
+        "the sum product has non-finite numbers",
     ),
     "negative spread": (
-        lambda u: replace(u, scatter=changed(u.scatter, "diagonal", torch.full((S * D,), -1.0))),
-        "the spread's diagonal has negative numbers",
+        lambda u: replace(u, sums=changed(u.sums, "diagonal", torch.full((S * D,), -1.0))),
+        "the sum diagonal has negative numbers",
     ),
     "no update": (lambda u: replace(u, delta_sum=None), "it holds no sum of its clients' updates"),
     "weight": (lambda u: replace(u, weight_sum=float("nan")), "its weight is nan"),

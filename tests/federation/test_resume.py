@@ -26,6 +26,7 @@ VARIANTS = {
     "vae on moments": (*SERVER_STEP, "feda2v.generator_rows=moments"),
     "gan": (*SERVER_STEP, "feda2v.generator_type=gan", "feda2v.generator_rows=means"),
     "lowrank": (*SERVER_STEP, "feda2v.generator_type=lowrank"),
+    "residual vae": (*SERVER_STEP, "feda2v.generator_type=residual_vae", "feda2v.generator_latent_dim=4"),
     "full": (*SERVER_STEP, "feda2v.generator_type=full"),
     "gaussian": (*SERVER_STEP, "feda2v.generator_type=gaussian"),
     "cof without variances": (*SERVER_STEP, "feda2v.generator_type=cof", "privacy.share_variances=false"),
@@ -53,9 +54,10 @@ def state_of(server) -> dict[str, object]:
         tables["buffer"] = {"audio_mean": buffer.audio_mean, **buffer.output_mean, **numbers}
         if buffer.audio_var is not None:
             tables["buffer"]["audio_var"] = buffer.audio_var
-    if state.pooled is not None:
-        numbers = torch.tensor([state.pooled.freedom])
-        tables["pooled"] = {"factor": state.pooled.factor, "residual": state.pooled.residual, "freedom": numbers}
+    if (pooled := state.learnt.pooled) is not None:
+        numbers = torch.tensor([pooled.freedom])
+        tables["pooled"] = {"factor": pooled.factor, "residual": pooled.residual, "freedom": numbers}
+    tables["network"] = state.learnt.network
     if state.server_optimizer:
         tables["server_optimizer"] = state.server_optimizer
     kept = {} if server.clients is None else kept_of(server)

@@ -20,11 +20,20 @@ from torch import Tensor
 from fedsim.errors import ModelError
 from fedsim.models.generators.gan import Gan
 from fedsim.models.generators.report import FitReport
+from fedsim.models.generators.residual_vae import ResidualVae
 from fedsim.models.generators.samplers import Cof, Gaussian, LowRank, Replay
 from fedsim.models.generators.vae import Vae
 from fedsim.types import ClassStats, PooledCovariance
 
-__all__ = ["KINDS", "FitReport", "Generator", "GeneratorSpec", "make_generator", "uses_covariance"]
+__all__ = [
+    "KINDS",
+    "FitReport",
+    "Generator",
+    "GeneratorSpec",
+    "make_generator",
+    "trained_by_clients",
+    "uses_covariance",
+]
 
 
 class Generator(Protocol):
@@ -119,6 +128,7 @@ KINDS: dict[str, Callable[[GeneratorSpec], Generator]] = {
     "cof": lambda spec: Cof(),
     "lowrank": lambda spec: LowRank(),
     "full": lambda spec: LowRank(),
+    "residual_vae": lambda spec: ResidualVae(),
     "vae": _vae,
     "gan": _gan,
 }
@@ -126,7 +136,12 @@ KINDS: dict[str, Callable[[GeneratorSpec], Generator]] = {
 
 def uses_covariance(kind: str, rows: str) -> bool:
     """Whether a kind, trained on these rows, needs the pooled within-class covariance."""
-    return kind in ("lowrank", "full") or (kind in ("vae", "gan") and rows == "lowrank")
+    return kind in ("lowrank", "full", "residual_vae") or (kind in ("vae", "gan") and rows == "lowrank")
+
+
+def trained_by_clients(kind: str) -> bool:
+    """Whether clients train a network of this kind."""
+    return kind == "residual_vae"
 
 
 def make_generator(kind: str, spec: GeneratorSpec) -> Generator:

@@ -19,7 +19,7 @@ from fedsim.types import ClassStats, PooledCovariance
 log = logging.getLogger(__name__)
 
 
-class _Table:
+class ClassTable:
     """Means [M, S, D], optional variances and counts of (client, class) rows, sampled by condition."""
 
     def __init__(self) -> None:
@@ -27,16 +27,19 @@ class _Table:
         self._stats: ClassStats | None = None
 
     def fit(self, stats: ClassStats, condition: Tensor, variance: Tensor | None) -> None:
+        """Keep means and variances, and the conditions of their classes."""
         self._conditions.fit(condition, stats.label)
         self._stats = ClassStats(stats.client, stats.label, stats.weight, stats.audio_mean, variance, {})
 
     def sample(self, condition: Tensor, n: int, stream: np.random.Generator) -> Tensor:
+        """Rows [n, S, D] of the classes nearest to the conditions."""
         labels = self._conditions.lookup(condition, n)
         assert self._stats is not None  # lookup raises before the first fit
         rows = pick_rows(self._stats, labels, stream)
         return draw(self._stats.audio_mean, self._stats.audio_var, rows, stream)
 
     def state(self) -> dict[str, Tensor]:
+        """Tensors by name."""
         if self._stats is None:
             return {}
         kept = {
@@ -50,6 +53,7 @@ class _Table:
         return kept | self._conditions.state()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take a state from `state()`."""
         if state:
             self._conditions.load(state)
             client, label, count = (state[name].cpu().numpy() for name in ("client", "label", "count"))
@@ -60,7 +64,7 @@ class Replay:
     """`replay`: the clients' class means themselves, drawn with probability by count."""
 
     def __init__(self) -> None:
-        self._table = _Table()
+        self._table = ClassTable()
 
     def fit(
         self,
@@ -92,7 +96,7 @@ class Gaussian:
     """`gaussian`: a mixture over clients of diagonal Gaussians (CCVR, Luo et al. 2021, with diagonal covariances)."""
 
     def __init__(self) -> None:
-        self._table = _Table()
+        self._table = ClassTable()
 
     def fit(
         self,
@@ -136,7 +140,7 @@ class Cof:
     prior = 4.0
 
     def __init__(self) -> None:
-        self._table = _Table()
+        self._table = ClassTable()
 
     def fit(
         self,
@@ -194,7 +198,7 @@ class LowRank:
     """
 
     def __init__(self) -> None:
-        self._table = _Table()
+        self._table = ClassTable()
         self._pooled: PooledCovariance | None = None
 
     def fit(

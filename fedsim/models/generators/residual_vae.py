@@ -1,0 +1,135 @@
+"""`residual_vae`: a variational autoencoder of what is left of an embedding once its class mean is taken off.
+
+Statistics carry the class means; the network carries the spread around them, which all classes share. It is trained
+on the clients, where the recordings are, and averaged like an adapter (see `algorithms.client_generator`): so it may
+learn more than any covariance holds, and no recording leaves a client. With r = (x - mean) / deviation:
+
+    recognition r -> mu, log sigma^2 [Z]        decoder z -> r^ [E]        v_e: learnt noise of every coordinate
+    -ELBO / E = 1/2 * mean over coordinates of [(r - r^)^2 / v + log v] + KL(N(mu, sigma^2) || N(0, 1)) / E
+
+(Kingma and Welling 2014, equation 10; the learnt noise after Rybkin et al. 2021). A sample is a client's class mean +
+scale * (r^(z) + sqrt(v) eps): decoder noise is kept, or the spread would be too small. An autoencoder's samples spread
+less than what it was trained on (by a fifth with few recordings), and statistics know the variance of every
+coordinate: `scale` gives samples just that.
+
+The network is written as a stack of clients, with the layers of the adapters. Legend: K clients, B rows of a batch,
+E = S * D numbers of an embedding, Z latent numbers, n samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedsim.models.adapters import stack
+from fedsim.models.adapters.layers import Params, linear, linear_init, nest
+from fedsim.models.generators.report import FitReport
+from fedsim.models.generators.samplers import ClassTable
+from fedsim.seeding import normal, rng
+from fedsim.types import AdapterState, ClassStats, PooledCovariance
+
+CALIBRATION_DRAWS = 4096
+
+
+def init(*, size: int, hidden_dim: int, latent_dim: int, seed: int) -> AdapterState:
+    """Tensors of one network by name: two layers each way, small last ones, noise of variance 1."""
+    widths = {
+        "recognition.0": (size, hidden_dim),
+        "recognition.1": (hidden_dim, 2 * latent_dim),
+        "decoder.0": (latent_dim, hidden_dim),
+        "decoder.1": (hidden_dim, size),
+    }
+    state: AdapterState = {"log_noise": torch.zeros(size)}
+    for name, (in_dim, out_dim) in widths.items():
+        state |= nest(name, linear_init(rng(seed, "generator-init", name), in_dim, out_dim))
+    return state
+
+
+def loss_rows(params: Params, r: Tensor, noise: Tensor) -> Tensor:
+    """-ELBO / E of every row: standardised residuals [K, B, E], standard normal noise [K, B, Z] -> [K, B]."""
+    mu, log_variance = linear(params, "recognition.1", functional.gelu(linear(params, "recognition.0", r))).chunk(
+        2, dim=-1
+    )
+    log_variance = log_variance.clamp(-10.0, 10.0)
+    decoded = decode(params, mu + (0.5 * log_variance).exp() * noise)
+    log_noise = params["log_noise"].clamp(-8.0, 4.0).unsqueeze(1)
+    fit = 0.5 * ((r - decoded).square() * (-log_noise).exp() + log_noise).mean(-1)
+    kl = 0.5 * (mu.square() + log_variance.exp() - 1 - log_variance).sum(-1)
+    loss: Tensor = fit + kl / r.shape[-1]
+    return loss
+
+
+def decode(params: Params, z: Tensor) -> Tensor:
+    """Latents [K, B, Z] -> residuals without noise [K, B, E]."""
+    decoded: Tensor = linear(params, "decoder.1", functional.gelu(linear(params, "decoder.0", z)))
+    return decoded
+
+
+class ResidualVae:
+    """The server's side: class means from statistics, the network as the clients have trained it."""
+
+    def __init__(self) -> None:
+        self._table = ClassTable()
+        self._network: AdapterState = {}
+        self._scale = torch.empty(0)
+
+    def take(self, network: Mapping[str, Tensor], deviation: Tensor | None) -> None:
+        """The averaged network and the deviation [E] of every coordinate; None before the first was measured."""
+        if deviation is not None:
+            self._network, self._scale = dict(network), deviation
+
+    def fit(
+        self,
+        stats: ClassStats,
+        condition: Tensor,
+        *,
+        epochs: int,
+        stream: np.random.Generator,
+        pooled: PooledCovariance | None = None,
+    ) -> FitReport:
+        """Keep the class means, and give samples the pooled variances; the network is trained elsewhere."""
+        self._table.fit(stats, condition, None)
+        if not self._network or pooled is None:
+            return FitReport((), {})
+        spread = self._residuals(CALIBRATION_DRAWS, stream, stats.audio_mean.device).std(0)
+        self._scale = pooled.variance.sqrt() / spread
+        noise = self._network["log_noise"].exp().to(spread.device)
+        return FitReport((), {"spread": float(spread.mean()), "noise": float(noise.mean())})
+
+    def _residuals(self, n: int, stream: np.random.Generator, device: torch.device) -> Tensor:
+        """Standardised residuals [n, E] as the network makes them."""
+        params = stack({name: tensor.to(device) for name, tensor in self._network.items()})
+        z = normal(stream, 1, n, params["decoder.0.weight"].shape[1]).to(device)
+        with torch.no_grad():
+            made = decode(params, z)[0]
+        return made + (0.5 * params["log_noise"]).exp() * normal(stream, *made.shape).to(device)
+
+    def sample(self, condition: Tensor, n: int, *, stream: np.random.Generator) -> Tensor:
+        """Draws around class means [n, S, D]; the means themselves as long as no client has trained the network.
+
+        Raises:
+            ModelError: before the first fit, or a condition of another width.
+        """
+        means = self._table.sample(condition, n, stream)
+        if not self._network:
+            return means
+        r = self._residuals(n, stream, means.device)
+        return means + (r * self._scale.to(means.device)).view(means.shape)
+
+    def state(self) -> dict[str, Tensor]:
+        """Class means; the network is part of the server's own state."""
+        state = self._table.state()
+        if self._network:
+            state |= {"scale": self._scale.clone(), **{f"network.{n}": t.clone() for n, t in self._network.items()}}
+        return state
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take a state from `state()`."""
+        self._table.load(state)
+        self._network = {name.removeprefix("network."): t for name, t in state.items() if name.startswith("network.")}
+        if self._network:
+            self._scale = state["scale"]
