@@ -206,13 +206,13 @@ class FedA2V(Section):
         0, "krum: clients of a cohort that may send anything; it needs 2 x that + 3 answers", "clients", ge=0
     )
     use_generator: bool = key(False, "build and train the generator, and refine with its samples")
-    generator_type: Literal["replay", "gaussian", "cof", "lowrank", "full", "vae", "gan"] = key(
+    generator_type: Literal["replay", "gaussian", "cof", "lowrank", "full", "vae", "gan", "cgan"] = key(
         "vae", "kind of generator"
     )
     generator_rows: Literal["means", "moments", "lowrank"] = key(
         "moments",
-        "vae, gan: what they are trained on: the clients' class means; draws with the variances that clients send; "
-        "draws with the pooled within-class covariance",
+        "vae, gan, cgan: what they are trained on: the clients' class means; draws with the variances that clients "
+        "send; draws with the pooled within-class covariance",
     )
     generator_rank: int = key(
         16, "axes of the pooled within-class covariance (lowrank, generator_rows: lowrank)", "axes", ge=1, le=65_536
@@ -226,14 +226,20 @@ class FedA2V(Section):
         None, "generator epochs per round (default: global_model_train_epochs)", "epochs", ge=1
     )
     generator_learning_rate: float | None = key(
-        None, "learning rate of the generator (default: 0.1 x training.learning_rate, gan 1e-4)", gt=0
+        None, "learning rate of the generator (default: 0.1 x training.learning_rate, gan and cgan 1e-4)", gt=0
     )
     generator_batch_size: int = key(64, "rows of a generator step", "rows", ge=1, le=1_000_000)
     generator_rows_per_class: int = key(
         64, "training rows drawn per class and generator epoch", "rows", ge=1, le=1_000_000
     )
-    generator_hidden_dim: int = key(512, "vae, gan: width of the two hidden layers", ge=1, le=65_536)
-    generator_latent_dim: int = key(256, "vae, gan: width of the latent vector", ge=1, le=65_536)
+    generator_hidden_dim: int = key(512, "vae, gan, cgan: width of the two hidden layers", ge=1, le=65_536)
+    generator_latent_dim: int = key(256, "vae, gan, cgan: width of the latent vector", ge=1, le=65_536)
+    discriminator: Literal["spectral", "r1"] = key(
+        "spectral", "cgan: what holds the discriminator back: spectral norm, or a penalty on its slope at real rows"
+    )
+    mode_seeking: float = key(
+        0.1, "cgan: weight of the term that keeps two draws for one class apart, itself 0 to 1", ge=0
+    )
     generator_buffer_size: int = key(
         4096, "class statistics of earlier rounds kept for the generator", "(client, class) rows", ge=0
     )

@@ -25,6 +25,7 @@ VARIANTS = {
     "vae": SERVER_STEP,
     "vae on moments": (*SERVER_STEP, "feda2v.generator_rows=moments"),
     "gan": (*SERVER_STEP, "feda2v.generator_type=gan", "feda2v.generator_rows=means"),
+    "cgan": (*SERVER_STEP, "feda2v.generator_type=cgan"),
     "lowrank": (*SERVER_STEP, "feda2v.generator_type=lowrank"),
     "full": (*SERVER_STEP, "feda2v.generator_type=full"),
     "gaussian": (*SERVER_STEP, "feda2v.generator_type=gaussian"),

@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from fedsim.errors import ModelError
+from fedsim.models.generators.cgan import Cgan
 from fedsim.models.generators.gan import Gan
 from fedsim.models.generators.report import FitReport
 from fedsim.models.generators.samplers import Cof, Gaussian, LowRank, Replay
@@ -72,6 +73,8 @@ class GeneratorSpec:
         beta_warmup: share of `total_epochs` after which beta is 1.
         loss_scaling: "calibrated" or "legacy".
         rows: what learnt kinds are trained on: "means", "moments" or "lowrank".
+        discriminator: what holds cgan's discriminator back: "spectral" or "r1".
+        mode_seeking: weight of cgan's mode-seeking term.
     """
 
     seed: int
@@ -84,6 +87,8 @@ class GeneratorSpec:
     beta_warmup: float = 0.5
     loss_scaling: str = "calibrated"
     rows: str = "moments"
+    discriminator: str = "spectral"
+    mode_seeking: float = 0.1
 
 
 def _vae(spec: GeneratorSpec) -> Generator:
@@ -113,6 +118,20 @@ def _gan(spec: GeneratorSpec) -> Generator:
     )
 
 
+def _cgan(spec: GeneratorSpec) -> Generator:
+    return Cgan(
+        seed=spec.seed,
+        hidden_dim=spec.hidden_dim,
+        latent_dim=spec.latent_dim,
+        learning_rate=spec.learning_rate,
+        batch_size=spec.batch_size,
+        rows_per_class=spec.rows_per_class,
+        rows=spec.rows,
+        discriminator=spec.discriminator,
+        mode_seeking=spec.mode_seeking,
+    )
+
+
 KINDS: dict[str, Callable[[GeneratorSpec], Generator]] = {
     "replay": lambda spec: Replay(),
     "gaussian": lambda spec: Gaussian(),
@@ -121,12 +140,13 @@ KINDS: dict[str, Callable[[GeneratorSpec], Generator]] = {
     "full": lambda spec: LowRank(),
     "vae": _vae,
     "gan": _gan,
+    "cgan": _cgan,
 }
 
 
 def uses_covariance(kind: str, rows: str) -> bool:
     """Whether a kind, trained on these rows, needs the pooled within-class covariance."""
-    return kind in ("lowrank", "full") or (kind in ("vae", "gan") and rows == "lowrank")
+    return kind in ("lowrank", "full") or (kind in ("vae", "gan", "cgan") and rows == "lowrank")
 
 
 def make_generator(kind: str, spec: GeneratorSpec) -> Generator:
