@@ -113,6 +113,7 @@ LOSS_NAMES = {
     "d_real": "D(real)",
     "d_fake": "D(fake)",
     "mode_seeking": "ModeSeeking",
+    "novelty": "Novelty",
 }
 
 

@@ -240,6 +240,17 @@ class FedA2V(Section):
     mode_seeking: float = key(
         0.1, "cgan: weight of the term that keeps two draws for one class apart, itself 0 to 1", ge=0
     )
+    generator_ema: float | None = key(
+        None,
+        "vae, gan, cgan: share of the moving average of the weights that samples are made with, 0 is off "
+        "(default: 0, cgan 0.99)",
+        ge=0,
+        lt=1,
+    )
+    novelty_weight: float = key(
+        0.0, "vae, gan, cgan: weight of the penalty (0 to 1) on draws too near to a training row of their class", ge=0
+    )
+    novelty: Literal["l2", "cosine"] = key("l2", "novelty_weight: how near is measured")
     generator_buffer_size: int = key(
         4096, "class statistics of earlier rounds kept for the generator", "(client, class) rows", ge=0
     )

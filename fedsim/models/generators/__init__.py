@@ -75,6 +75,8 @@ class GeneratorSpec:
         rows: what learnt kinds are trained on: "means", "moments" or "lowrank".
         discriminator: what holds cgan's discriminator back: "spectral" or "r1".
         mode_seeking: weight of cgan's mode-seeking term.
+        ema: share of the moving average of the weights that samples are made with; None: 0, cgan 0.99.
+        novelty_weight, novelty: weight and distance of the penalty on draws too near to a training row.
     """
 
     seed: int
@@ -89,6 +91,9 @@ class GeneratorSpec:
     rows: str = "moments"
     discriminator: str = "spectral"
     mode_seeking: float = 0.1
+    ema: float | None = None
+    novelty_weight: float = 0.0
+    novelty: str = "l2"
 
 
 def _vae(spec: GeneratorSpec) -> Generator:
@@ -103,6 +108,9 @@ def _vae(spec: GeneratorSpec) -> Generator:
         beta_warmup=spec.beta_warmup,
         calibrated=spec.loss_scaling == "calibrated",
         rows=spec.rows,
+        ema=spec.ema or 0.0,
+        novelty_weight=spec.novelty_weight,
+        novelty=spec.novelty,
     )
 
 
@@ -115,6 +123,9 @@ def _gan(spec: GeneratorSpec) -> Generator:
         batch_size=spec.batch_size,
         rows_per_class=spec.rows_per_class,
         rows=spec.rows,
+        ema=spec.ema or 0.0,
+        novelty_weight=spec.novelty_weight,
+        novelty=spec.novelty,
     )
 
 
@@ -129,6 +140,9 @@ def _cgan(spec: GeneratorSpec) -> Generator:
         rows=spec.rows,
         discriminator=spec.discriminator,
         mode_seeking=spec.mode_seeking,
+        ema=0.99 if spec.ema is None else spec.ema,
+        novelty_weight=spec.novelty_weight,
+        novelty=spec.novelty,
     )
 
 

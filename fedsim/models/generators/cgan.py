@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsim.models.generators.networks import AdamW, Average, part, perceptron, require_finite, shuffled_batches
+from fedsim.models.generators.novelty import Novelty
 from fedsim.models.generators.projection import ProjectionJudge, mode_seeking, slope_penalty
 from fedsim.models.generators.report import ClassLosses, FitReport
 from fedsim.models.generators.rows import (
@@ -61,6 +62,7 @@ class Cgan:
         discriminator: what holds D back: "spectral" norm, or the "r1" penalty.
         mode_seeking: weight of the mode-seeking term; 0 leaves it out.
         ema: share of the moving average of G's weights that samples are made with; 0: the weights as they are.
+        novelty_weight, novelty: as in `vae.Vae`, of G's residuals.
     """
 
     def __init__(
@@ -76,12 +78,14 @@ class Cgan:
         discriminator: str = "spectral",
         mode_seeking: float = 0.1,
         ema: float = 0.99,
+        novelty_weight: float = 0.0,
+        novelty: str = "l2",
     ) -> None:
         self._seed, self._hidden_dim, self._latent_dim = seed, hidden_dim, latent_dim
         self._learning_rate, self._batch_size = learning_rate, batch_size
         self._rows, self._rows_per_class = rows, rows_per_class
         self._discriminator, self._seeking = discriminator, mode_seeking
-        self._ema = ema
+        self._ema, self._novelty_weight, self._novelty_kind = ema, novelty_weight, novelty
         self._table = ConditionTable()
         self._shape: tuple[int, int, int] | None = None
 
@@ -145,10 +149,11 @@ class Cgan:
         self, x: Tensor, condition: Tensor, labels: np.ndarray, stream: np.random.Generator
     ) -> Mapping[int, Mapping[str, float]]:
         losses = ClassLosses(self._rows_per_class)
+        novelty = Novelty(x, labels, self._novelty_kind) if self._novelty_weight else None
         for batch in shuffled_batches(len(x), self._batch_size, stream):
             v = condition[torch.from_numpy(labels[batch])]
             judged = self._judge_step(x[batch], v, stream)
-            losses.add(labels[batch], {**self._maker_step(v, stream), **judged})
+            losses.add(labels[batch], {**self._maker_step(v, labels[batch], novelty, stream), **judged})
         return losses.means()
 
     def _judge_step(self, real: Tensor, v: Tensor, stream: np.random.Generator) -> dict[str, Tensor]:
@@ -166,7 +171,9 @@ class Cgan:
         self._judge_optimizer.step(judged.mean())
         return {"discriminator": judged, "d_real": real_score, "d_fake": fake_score}
 
-    def _maker_step(self, v: Tensor, stream: np.random.Generator) -> dict[str, Tensor]:
+    def _maker_step(
+        self, v: Tensor, labels: np.ndarray, novelty: Novelty | None, stream: np.random.Generator
+    ) -> dict[str, Tensor]:
         """One step of G; losses by row [n]."""
         made, z = self._make(self._maker, v, stream)
         parts = {}
@@ -176,6 +183,8 @@ class Cgan:
             parts["mode_seeking"] = self._seeking * mode_seeking(made, again, z, z_again)
         else:
             fooled = -self._judge(made, v)
+        if novelty is not None:
+            parts["novelty"] = self._novelty_weight * novelty(made, labels)
         losses = fooled + sum(parts.values())
         require_finite(losses.mean(), "CGAN generator")
         self._maker_optimizer.step(losses.mean())
