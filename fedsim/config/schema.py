@@ -238,7 +238,7 @@ class FedA2V(Section):
         "spectral", "cgan: what holds the discriminator back: spectral norm, or a penalty on its slope at real rows"
     )
     mode_seeking: float = key(
-        0.1, "cgan: weight of the term that keeps two draws for one class apart, itself 0 to 1", ge=0
+        0.3, "cgan: weight of the term that keeps two draws for one class apart, itself 0 to 1", ge=0
     )
     generator_ema: float | None = key(
         None,

@@ -90,7 +90,7 @@ class GeneratorSpec:
     loss_scaling: str = "calibrated"
     rows: str = "moments"
     discriminator: str = "spectral"
-    mode_seeking: float = 0.1
+    mode_seeking: float = 0.3
     ema: float | None = None
     novelty_weight: float = 0.0
     novelty: str = "l2"

@@ -76,7 +76,7 @@ class Cgan:
         rows_per_class: int = 64,
         rows: str = "moments",
         discriminator: str = "spectral",
-        mode_seeking: float = 0.1,
+        mode_seeking: float = 0.3,
         ema: float = 0.99,
         novelty_weight: float = 0.0,
         novelty: str = "l2",
