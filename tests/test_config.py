@@ -397,7 +397,7 @@ def test_explain_a_key() -> None:
     ):
         assert part in text
     assert "section: federation" in text
-    assert "replay, gaussian, cof, lowrank, full, residual_vae, vae, gan" in explain("feda2v.generator_type")
+    assert "replay, gaussian, cof, lowrank, full, residual_vae, vae, gan, cgan" in explain("feda2v.generator_type")
     assert explain("nodes.3.dataset") == explain("nodes.<id>.dataset")
     assert explain("search.space.training.learning_rate.low") == explain("search.space.<key>.low")
 

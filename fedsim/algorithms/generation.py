@@ -112,6 +112,8 @@ LOSS_NAMES = {
     "discriminator": "D",
     "d_real": "D(real)",
     "d_fake": "D(fake)",
+    "mode_seeking": "ModeSeeking",
+    "novelty": "Novelty",
 }
 
 

@@ -227,13 +227,13 @@ class FedA2V(Section):
         1e-3, "adam, yogi of server_optimizer: tau, added to the root of the second moment", gt=0
     )
     use_generator: bool = key(False, "build and train the generator, and refine with its samples")
-    generator_type: Literal["replay", "gaussian", "cof", "lowrank", "full", "residual_vae", "vae", "gan"] = key(
+    generator_type: Literal["replay", "gaussian", "cof", "lowrank", "full", "residual_vae", "vae", "gan", "cgan"] = key(
         "vae", "kind of generator"
     )
     generator_rows: Literal["means", "moments", "lowrank"] = key(
         "moments",
-        "vae, gan: what they are trained on: the clients' class means; draws with the variances that clients send; "
-        "draws with the pooled within-class covariance",
+        "vae, gan, cgan: what they are trained on: the clients' class means; draws with the variances that clients "
+        "send; draws with the pooled within-class covariance",
     )
     generator_rank: int = key(
         16, "axes of the pooled within-class covariance (lowrank, generator_rows: lowrank)", "axes", ge=1, le=65_536
@@ -247,14 +247,31 @@ class FedA2V(Section):
         None, "generator epochs per round (default: global_model_train_epochs)", "epochs", ge=1
     )
     generator_learning_rate: float | None = key(
-        None, "learning rate of the generator (default: 0.1 x training.learning_rate, gan 1e-4)", gt=0
+        None, "learning rate of the generator (default: 0.1 x training.learning_rate, gan and cgan 1e-4)", gt=0
     )
     generator_batch_size: int = key(64, "rows of a generator step", "rows", ge=1, le=1_000_000)
     generator_rows_per_class: int = key(
         64, "training rows drawn per class and generator epoch", "rows", ge=1, le=1_000_000
     )
-    generator_hidden_dim: int = key(512, "vae, gan: width of the two hidden layers", ge=1, le=65_536)
-    generator_latent_dim: int = key(256, "vae, gan: width of the latent vector", ge=1, le=65_536)
+    generator_hidden_dim: int = key(512, "vae, gan, cgan: width of the two hidden layers", ge=1, le=65_536)
+    generator_latent_dim: int = key(256, "vae, gan, cgan: width of the latent vector", ge=1, le=65_536)
+    discriminator: Literal["spectral", "r1"] = key(
+        "spectral", "cgan: what holds the discriminator back: spectral norm, or a penalty on its slope at real rows"
+    )
+    mode_seeking: float = key(
+        0.3, "cgan: weight of the term that keeps two draws for one class apart, itself 0 to 1", ge=0
+    )
+    generator_ema: float | None = key(
+        None,
+        "vae, gan, cgan: share of the moving average of the weights that samples are made with, 0 is off "
+        "(default: 0, cgan 0.99)",
+        ge=0,
+        lt=1,
+    )
+    novelty_weight: float = key(
+        0.0, "vae, gan, cgan: weight of the penalty (0 to 1) on draws too near to a training row of their class", ge=0
+    )
+    novelty: Literal["l2", "cosine"] = key("l2", "novelty_weight: how near is measured")
     generator_buffer_size: int = key(
         4096, "class statistics of earlier rounds kept for the generator", "(client, class) rows", ge=0
     )

@@ -234,7 +234,12 @@ def _make_generator(config: Config) -> Generator | None:
         beta_warmup=settings.beta_warmup,
         loss_scaling=settings.loss_scaling,
         rows=settings.generator_rows,
+        discriminator=settings.discriminator,
+        mode_seeking=settings.mode_seeking,
+        ema=settings.generator_ema,
+        novelty_weight=settings.novelty_weight,
+        novelty=settings.novelty,
     )
-    default_rate = 1e-4 if settings.generator_type == "gan" else 0.1 * config.training.learning_rate
+    default_rate = 1e-4 if settings.generator_type in ("gan", "cgan") else 0.1 * config.training.learning_rate
     rate = settings.generator_learning_rate or default_rate
     return make_generator(settings.generator_type, replace(spec, learning_rate=rate))

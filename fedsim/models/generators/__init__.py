@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from fedsim.errors import ModelError
+from fedsim.models.generators.cgan import Cgan
 from fedsim.models.generators.gan import Gan
 from fedsim.models.generators.report import FitReport
 from fedsim.models.generators.residual_vae import ResidualVae
@@ -81,6 +82,10 @@ class GeneratorSpec:
         beta_warmup: share of `total_epochs` after which beta is 1.
         loss_scaling: "calibrated" or "legacy".
         rows: what learnt kinds are trained on: "means", "moments" or "lowrank".
+        discriminator: what holds cgan's discriminator back: "spectral" or "r1".
+        mode_seeking: weight of cgan's mode-seeking term.
+        ema: share of the moving average of the weights that samples are made with; None: 0, cgan 0.99.
+        novelty_weight, novelty: weight and distance of the penalty on draws too near to a training row.
     """
 
     seed: int
@@ -93,6 +98,11 @@ class GeneratorSpec:
     beta_warmup: float = 0.5
     loss_scaling: str = "calibrated"
     rows: str = "moments"
+    discriminator: str = "spectral"
+    mode_seeking: float = 0.3
+    ema: float | None = None
+    novelty_weight: float = 0.0
+    novelty: str = "l2"
 
 
 def _vae(spec: GeneratorSpec) -> Generator:
@@ -107,6 +117,9 @@ def _vae(spec: GeneratorSpec) -> Generator:
         beta_warmup=spec.beta_warmup,
         calibrated=spec.loss_scaling == "calibrated",
         rows=spec.rows,
+        ema=spec.ema or 0.0,
+        novelty_weight=spec.novelty_weight,
+        novelty=spec.novelty,
     )
 
 
@@ -119,6 +132,26 @@ def _gan(spec: GeneratorSpec) -> Generator:
         batch_size=spec.batch_size,
         rows_per_class=spec.rows_per_class,
         rows=spec.rows,
+        ema=spec.ema or 0.0,
+        novelty_weight=spec.novelty_weight,
+        novelty=spec.novelty,
+    )
+
+
+def _cgan(spec: GeneratorSpec) -> Generator:
+    return Cgan(
+        seed=spec.seed,
+        hidden_dim=spec.hidden_dim,
+        latent_dim=spec.latent_dim,
+        learning_rate=spec.learning_rate,
+        batch_size=spec.batch_size,
+        rows_per_class=spec.rows_per_class,
+        rows=spec.rows,
+        discriminator=spec.discriminator,
+        mode_seeking=spec.mode_seeking,
+        ema=0.99 if spec.ema is None else spec.ema,
+        novelty_weight=spec.novelty_weight,
+        novelty=spec.novelty,
     )
 
 
@@ -131,12 +164,13 @@ KINDS: dict[str, Callable[[GeneratorSpec], Generator]] = {
     "residual_vae": lambda spec: ResidualVae(),
     "vae": _vae,
     "gan": _gan,
+    "cgan": _cgan,
 }
 
 
 def uses_covariance(kind: str, rows: str) -> bool:
     """Whether a kind, trained on these rows, needs the pooled within-class covariance."""
-    return kind in ("lowrank", "full", "residual_vae") or (kind in ("vae", "gan") and rows == "lowrank")
+    return kind in ("lowrank", "full", "residual_vae") or (kind in ("vae", "gan", "cgan") and rows == "lowrank")
 
 
 def trained_by_clients(kind: str) -> bool:

@@ -4,7 +4,7 @@
 
 One step of each per batch, AdamW 1e-4 with betas (0.5, 0.999), gradients clipped at 5. x is a standardised audio
 embedding, v the prompt embedding of its class, z standard normal. Instance noise on both inputs of D keeps it from
-telling the few statistics apart at once.
+telling the few statistics apart at once. The options `ema` and `novelty` of `vae` are there too, off.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsim.errors import ModelError
 from fedsim.models.generators.networks import (
     AdamW,
+    Average,
     part,
     perceptron,
     require_finite,
     shuffled_batches,
 )
+from fedsim.models.generators.novelty import Novelty
 from fedsim.models.generators.report import ClassLosses, FitReport
 from fedsim.models.generators.rows import (
     NOT_FITTED,
@@ -52,6 +54,7 @@ class Gan:
         batch_size: rows of a step.
         rows_per_class: rows drawn per class and epoch.
         rows: "means", "moments" or "lowrank": see `rows.training_source`.
+        ema, novelty_weight, novelty: as in `vae.Vae`, of G.
     """
 
     def __init__(
@@ -64,10 +67,14 @@ class Gan:
         batch_size: int = 64,
         rows_per_class: int = 64,
         rows: str = "moments",
+        ema: float = 0.0,
+        novelty_weight: float = 0.0,
+        novelty: str = "l2",
     ) -> None:
         self._seed, self._hidden_dim, self._latent_dim = seed, hidden_dim, latent_dim
         self._learning_rate, self._batch_size = learning_rate, batch_size
         self._rows, self._rows_per_class = rows, rows_per_class
+        self._ema, self._novelty_weight, self._novelty_kind = ema, novelty_weight, novelty
         self._shape: tuple[int, int, int] | None = None
 
     def _build(self, segments: int, dim: int, condition_dim: int, device: torch.device) -> tuple[int, int, int]:
@@ -77,6 +84,7 @@ class Gan:
         )
         judge = perceptron([size + condition_dim, hidden, hidden, 1], rng(self._seed, "generator-init", "judge"))
         self._maker, self._judge = maker.to(device), judge.to(device)
+        self._average = Average(self._maker, self._ema) if self._ema else None
         self._maker_optimizer = AdamW(self._maker.parameters(), self._learning_rate, (0.5, 0.999))
         self._judge_optimizer = AdamW(self._judge.parameters(), self._learning_rate, (0.5, 0.999))
         self._shape = (segments, dim, condition_dim)
@@ -104,13 +112,16 @@ class Gan:
         for _ in range(epochs):
             labels, x = self._standard.draws(stats, self._rows_per_class, stream, pooled)
             history.append(self._epoch_of(x, condition, labels, stream))
-        fake = self._make(condition[torch.from_numpy(labels)], stream).detach()
+        fake = self._make(self._sampler(), condition[torch.from_numpy(labels)], stream).detach()
         spread = fake.var(0, unbiased=False).mean() / x.var(0, unbiased=False).mean()
         return FitReport(tuple(history), {"diversity": float(spread)})
 
-    def _make(self, v: Tensor, stream: np.random.Generator) -> Tensor:
+    def _sampler(self) -> nn.Module:
+        return self._maker if self._average is None else self._average.network
+
+    def _make(self, maker: nn.Module, v: Tensor, stream: np.random.Generator) -> Tensor:
         z = normal(stream, len(v), self._latent_dim).to(v.device)
-        made: Tensor = self._maker(torch.cat([z, v], 1))
+        made: Tensor = maker(torch.cat([z, v], 1))
         return made
 
     def _verdict(self, x: Tensor, v: Tensor, stream: np.random.Generator) -> Tensor:
@@ -122,17 +133,26 @@ class Gan:
         self, x: Tensor, condition: Tensor, labels: np.ndarray, stream: np.random.Generator
     ) -> Mapping[int, Mapping[str, float]]:
         losses = ClassLosses(self._rows_per_class)
+        novelty = Novelty(x, labels, self._novelty_kind) if self._novelty_weight else None
         for batch in shuffled_batches(len(x), self._batch_size, stream):
             rows, v = x[batch], condition[torch.from_numpy(labels[batch])]
-            real, fake = self._verdict(rows, v, stream), self._verdict(self._make(v, stream).detach(), v, stream)
+            real = self._verdict(rows, v, stream)
+            fake = self._verdict(self._make(self._maker, v, stream).detach(), v, stream)
             judged = functional.softplus(-real) + functional.softplus(fake)
             require_finite(judged.mean(), "GAN discriminator")
             self._judge_optimizer.step(judged.mean())
-            made = functional.softplus(-self._verdict(self._make(v, stream), v, stream))
+            drawn = self._make(self._maker, v, stream)
+            made, parts = functional.softplus(-self._verdict(drawn, v, stream)), {}
+            if novelty is not None:
+                parts["novelty"] = self._novelty_weight * novelty(drawn, labels[batch])
+                made = made + parts["novelty"]
             require_finite(made.mean(), "GAN generator")
             self._maker_optimizer.step(made.mean())
+            if self._average is not None:
+                self._average.update(self._maker)
             columns = {
                 "loss": made,
+                **parts,
                 "discriminator": judged,
                 "d_real": torch.sigmoid(real),
                 "d_fake": torch.sigmoid(fake),
@@ -150,7 +170,7 @@ class Gan:
         if self._shape is None:
             raise ModelError(NOT_FITTED)
         check_width(condition, self._shape[2])
-        x = self._make(expand_condition(condition, n), stream)
+        x = self._make(self._sampler(), expand_condition(condition, n), stream)
         return self._standard.restore(x)
 
     def state(self) -> dict[str, Tensor]:
@@ -163,6 +183,8 @@ class Gan:
             "maker_optimizer": self._maker_optimizer.state(),
             "judge_optimizer": self._judge_optimizer.state(),
         }
+        if self._average is not None:
+            tensors["average"] = self._average.state()
         flat = {f"{group}.{name}": tensor.clone() for group, state in tensors.items() for name, tensor in state.items()}
         return flat | {
             "mean": self._standard.mean,
@@ -178,6 +200,8 @@ class Gan:
         self._build(segments, dim, condition_dim, state["mean"].device)
         self._maker.load_state_dict(part(state, "maker"))
         self._judge.load_state_dict(part(state, "judge"))
+        if self._average is not None:
+            self._average.load(part(state, "average"))
         self._maker_optimizer.load(part(state, "maker_optimizer"))
         self._judge_optimizer.load(part(state, "judge_optimizer"))
         self._standard = Standardizer(state["mean"], state["deviation"])

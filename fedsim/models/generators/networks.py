@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from itertools import pairwise
 
 import numpy as np
@@ -104,6 +105,39 @@ class AdamW:
 
     def _held(self) -> tuple[tuple[str, list[Tensor]], ...]:
         return (("exp_avg", self._means), ("exp_avg_sq", self._squares), ("step", self._steps))
+
+
+class Average:
+    """Exponential moving average of a network's weights (as the teacher of Tarvainen & Valpola 2017, section 2).
+
+    average <- a * average + (1 - a) * weights after every step, with a = min(share, 1 - 1 / steps): the plain mean of
+    the weights so far until that reaches back as far as `share` does, so that the first weights don't stay.
+
+    Args:
+        network: whose weights are averaged; it isn't changed.
+        share: that the average keeps in a step; 0 follows the weights.
+    """
+
+    def __init__(self, network: nn.Module, share: float) -> None:
+        self.network, self._share, self._steps = deepcopy(network).requires_grad_(False), share, 0
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Take in the weights after a step."""
+        self._steps += 1
+        rest = max(1 - self._share, 1 / self._steps)
+        for mean, weight in zip(self.network.parameters(), network.parameters(), strict=True):
+            mean.lerp_(weight, rest)
+
+    def state(self) -> dict[str, Tensor]:
+        """Averages and the number of steps."""
+        weights = {f"network.{name}": tensor.clone() for name, tensor in self.network.state_dict().items()}
+        return weights | {"steps": torch.tensor(self._steps)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take a state from `state()`."""
+        self.network.load_state_dict(part(state, "network"))
+        self._steps = int(state["steps"])
 
 
 def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -13,6 +13,9 @@ x is a standardised audio embedding of N = S * D numbers, v the prompt embedding
 epochs of the *whole run*, by a counter that is part of the state. Samples keep the decoder's residual variance: it
 is half of the spread where the latent explains only the rest.
 
+Two options, both off: samples from a moving average of the decoder's weights (`networks.Average`), and a bounded
+penalty on decoded draws from the prior that come too near to a training row (`novelty`).
+
 Deviations from the original: standardised input and linear output instead of Tanh; a condition per row.
 """
 
@@ -30,11 +33,13 @@ from torch.nn import functional
 from fedsim.errors import ModelError
 from fedsim.models.generators.networks import (
     AdamW,
+    Average,
     part,
     perceptron,
     require_finite,
     shuffled_batches,
 )
+from fedsim.models.generators.novelty import Novelty
 from fedsim.models.generators.report import ClassLosses, FitReport
 from fedsim.models.generators.rows import (
     NOT_FITTED,
@@ -67,6 +72,9 @@ class Vae:
         total_epochs: epochs of the whole run.
         beta_warmup: share of them after which beta is 1.
         calibrated: loss scaling.
+        ema: share of the moving average of the decoder's weights that samples are made with; 0 is off.
+        novelty_weight: weight of the penalty on draws too near to a training row; 0 leaves it out.
+        novelty: its distance, "l2" or "cosine".
     """
 
     def __init__(
@@ -82,12 +90,16 @@ class Vae:
         total_epochs: int = 1,
         beta_warmup: float = 0.5,
         calibrated: bool = True,
+        ema: float = 0.0,
+        novelty_weight: float = 0.0,
+        novelty: str = "l2",
     ) -> None:
         self._seed, self._hidden_dim, self._latent_dim = seed, hidden_dim, latent_dim
         self._learning_rate, self._batch_size = learning_rate, batch_size
         self._rows, self._rows_per_class = rows, rows_per_class
         self._warmup_epochs = max(1, math.ceil(beta_warmup * total_epochs))
-        self._calibrated = calibrated
+        self._calibrated, self._ema = calibrated, ema
+        self._novelty_weight, self._novelty_kind = novelty_weight, novelty
         self._epoch = 0
         self._shape: tuple[int, int, int] | None = None
 
@@ -105,6 +117,7 @@ class Vae:
             [self._latent_dim + condition_dim, hidden, hidden, size], rng(self._seed, "generator-init", "decoder")
         )
         self._network = nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(device)
+        self._average = Average(self._network["decoder"], self._ema) if self._ema else None
         self._optimizer = AdamW(self._network.parameters(), self._learning_rate, (0.9, 0.999))
         self._residual = torch.ones(size, device=device)
         self._shape = (segments, dim, condition_dim)
@@ -146,19 +159,35 @@ class Vae:
         self, x: Tensor, condition: Tensor, labels: np.ndarray, stream: np.random.Generator
     ) -> Mapping[int, Mapping[str, float]]:
         losses = ClassLosses(self._rows_per_class)
+        novelty = Novelty(x, labels, self._novelty_kind) if self._novelty_weight else None
         for batch in shuffled_batches(len(x), self._batch_size, stream):
             rows, v = x[batch], condition[torch.from_numpy(labels[batch])]
             noisy = rows + INPUT_NOISE * normal(stream, *rows.shape).to(x.device)
             parts = self._loss_parts(rows, noisy, v, stream)
+            if novelty is not None:
+                drawn = self._decode(self._network["decoder"], v, stream)
+                parts["novelty"] = self._novelty_weight * novelty(drawn, labels[batch])
             loss = torch.stack(list(parts.values())).sum(0).mean()
             require_finite(loss, "VAE training")
             self._optimizer.step(loss)
+            if self._average is not None:
+                self._average.update(self._network["decoder"])
             losses.add(labels[batch], parts)
         return {label: {"loss": sum(parts.values()), **parts} for label, parts in losses.means().items()}
 
     def _encode(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         mu, log_variance = self._network["encoder"](torch.cat([x, v], 1)).chunk(2, dim=1)
         return mu, log_variance.clamp(-10.0, 10.0)
+
+    def _sampler(self) -> nn.Module:
+        """The decoder that samples are made with."""
+        return self._network["decoder"] if self._average is None else self._average.network
+
+    def _decode(self, decoder: nn.Module, v: Tensor, stream: np.random.Generator) -> Tensor:
+        """Decoded draws from the prior [n, S * D]."""
+        z = normal(stream, len(v), self._latent_dim).to(v.device)
+        decoded: Tensor = decoder(torch.cat([z, v], 1))
+        return decoded
 
     def _loss_parts(self, x: Tensor, noisy: Tensor, v: Tensor, stream: np.random.Generator) -> dict[str, Tensor]:
         """Weighted parts of the loss of every row: name -> [n]."""
@@ -183,7 +212,7 @@ class Vae:
         """Residual variance for sampling, and signs of posterior collapse."""
         mu, log_variance = self._encode(x, v)
         z = mu + (0.5 * log_variance).exp() * normal(stream, *mu.shape).to(x.device)
-        self._residual = (self._network["decoder"](torch.cat([z, v], 1)) - x).square().mean(0)
+        self._residual = (self._sampler()(torch.cat([z, v], 1)) - x).square().mean(0)
         kl = 0.5 * (mu.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
         active = int((mu.var(0, unbiased=False) > 0.01).sum())
         if active == 0:
@@ -207,10 +236,8 @@ class Vae:
         if self._shape is None:
             raise ModelError(NOT_FITTED)
         check_width(condition, self._shape[2])
-        v = expand_condition(condition, n)
-        z = normal(stream, n, self._latent_dim).to(v.device)
-        x: Tensor = self._network["decoder"](torch.cat([z, v], 1))
-        noise = normal(stream, *x.shape).to(v.device)
+        x = self._decode(self._sampler(), expand_condition(condition, n), stream)
+        noise = normal(stream, *x.shape).to(x.device)
         if self._calibrated:
             x = x + self._residual.sqrt() * noise
         return self._standard.restore(x)
@@ -219,7 +246,9 @@ class Vae:
         """Weights, optimiser, standardisation and the epoch counter; empty before the first fit."""
         if self._shape is None:
             return {}
+        average = {} if self._average is None else self._average.state()
         return {
+            **{f"average.{name}": tensor for name, tensor in average.items()},
             **{f"network.{name}": tensor.clone() for name, tensor in self._network.state_dict().items()},
             **{f"optimizer.{name}": tensor for name, tensor in self._optimizer.state().items()},
             "mean": self._standard.mean,
@@ -236,6 +265,8 @@ class Vae:
         segments, dim, condition_dim = (int(n) for n in state["shape"])
         self._build(segments, dim, condition_dim, state["mean"].device)
         self._network.load_state_dict(part(state, "network"))
+        if self._average is not None:
+            self._average.load(part(state, "average"))
         self._optimizer.load(part(state, "optimizer"))
         self._standard = Standardizer(state["mean"], state["deviation"])
         self._residual = state["residual"]
