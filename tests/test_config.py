@@ -295,6 +295,13 @@ def test_all_problems_come_in_one_line() -> None:
         ),
         ({"federation": {"local_epochs": 0}}, ["local_epochs is 0", "feda2v.global_model_train is false"]),
         ({"feda2v": {"server_optimizer": "adam"}}, ["server_optimizer is adam", "adapter_aggregation_mode is none"]),
+        (
+            {
+                "model": {"audio_encoder": {"name": "tiny_ast", "trainable": "all"}},
+                "feda2v": {"use_generator": True, "global_model_train": True, "generator_type": "residual_vae"},
+            },
+            ["generator_type is residual_vae", "trainable is 'all'", "lowrank"],
+        ),
         ({"data": {"name": "csv"}}, ["data.name is csv", "data.path"]),
         ({"data": {"classes": []}}, ["data.classes is an empty list"]),
         ({"data": {"classes": ["a", "a"]}}, ["data.classes names 'a' twice"]),

@@ -28,6 +28,7 @@ def check_config(config: Config) -> list[str]:
     _check_model(config)
     _check_local_epochs(config)
     _check_server_optimizer(config)
+    _check_client_generator(config)
     for name, searched in config.search.space.items():
         _check_range(name, searched)
     if config.data.name == "csv" and config.data.path is None:
@@ -142,6 +143,17 @@ def _check_server_optimizer(config: Config) -> None:
             f"feda2v.server_optimizer is {settings.server_optimizer} but feda2v.adapter_aggregation_mode is none, "
             "which sends the server no change to step along; aggregate (weighted, avg, ...), or set server_optimizer "
             "to none"
+        )
+
+
+def _check_client_generator(config: Config) -> None:
+    """Clients train residuals of embeddings that stay as they are."""
+    settings, trainable = config.feda2v, config.model.audio_encoder.trainable
+    trained = settings.use_generator and settings.global_model_train and settings.generator_type == "residual_vae"
+    if trained and trainable != "none":
+        raise ConfigError(
+            f"feda2v.generator_type is residual_vae and model.audio_encoder.trainable is {trainable!r}, but clients "
+            "train it on embeddings of a frozen encoder; set trainable to none, or generator_type to lowrank"
         )
 
 
