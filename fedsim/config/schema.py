@@ -230,8 +230,8 @@ class FedA2V(Section):
     generator_type: Literal["replay", "gaussian", "cof", "lowrank", "full", "residual_vae", "vae", "gan", "cgan"] = key(
         "vae", "kind of generator"
     )
-    generator_rows: Literal["means", "lowrank", "lowrank"] = key(
-        "moments",
+    generator_rows: Literal["means", "moments", "lowrank"] = key(
+        "lowrank",
         "vae, gan, cgan: what they are trained on: the clients' class means; draws with the variances that clients "
         "send; draws with the pooled within-class covariance",
     )
