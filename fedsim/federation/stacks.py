@@ -5,9 +5,8 @@ Legend: K clients of a stack, P numbers of an adapter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -16,12 +15,11 @@ from torch import Tensor
 from fedsim.algorithms.aggregation import make_aggregator
 from fedsim.algorithms.batches import ClientRows, training_batches
 from fedsim.algorithms.client_generator import PREFIX, ClientGenerators
-from fedsim.algorithms.client_model import ENCODER, embed
+from fedsim.algorithms.client_model import embed
 from fedsim.algorithms.evaluation import evaluate
 from fedsim.algorithms.local_training import (
     Buffers,
     LocalTraining,
-    keeps_factors,
     shared_start,
     train_stack,
     weighted_deltas,
@@ -33,16 +31,9 @@ from fedsim.errors import ClientError
 from fedsim.federation.messages import all_finite
 from fedsim.federation.parts import Parts, adapter_part, rows_of
 from fedsim.federation.setup import Setup
-from fedsim.models.adapters.layers import is_linear_weight
+from fedsim.federation.stack_size import ClientCosts, client_costs, stack_size
 from fedsim.models.adapters.shared_weight import SharedWeight, multiplied_out
 from fedsim.types import AdapterState, Broadcast, ClassStats, ClientMetrics, unflatten_state
-
-CACHE_BYTES = {"cpu": 20 * 2**20, "cuda": 2**30}
-"""Activations of a stack that stay near the cores, by device."""
-OWN_BYTES = {"cpu": 96 * 2**20, "cuda": 4 * 2**30}
-"""Weights, gradients and optimiser state of a stack's clients, by device."""
-STEP_FLOP = {"cpu": 5e8, "cuda": 1e12}
-"""Arithmetic of a step beside which handing it to torch costs little; for it a stack may be three times as large."""
 
 
 @dataclass(frozen=True)
@@ -90,54 +81,6 @@ def generator_training(config: Config) -> LocalTraining:
     )
 
 
-@dataclass(frozen=True)
-class ClientCosts:
-    """Of a client in a stack, predicted.
-
-    Attributes:
-        activation_bytes: activations of one step.
-        own_bytes: weights, gradients and optimiser state of its own.
-        step_flop: arithmetic of one step.
-        may_share: whether weights may stay shared to the end.
-    """
-
-    activation_bytes: int
-    own_bytes: int
-    step_flop: int
-    may_share: bool
-
-
-def client_costs(
-    state: Mapping[str, Tensor], *, segments: int, steps: int, how: LocalTraining, apart: bool, sums: int = 0
-) -> ClientCosts:
-    """What the adapter's tensors and the rows of a batch come to: recordings, times segments before they are joined.
-
-    Args:
-        state: the adapter.
-        segments: of a recording.
-        steps: of the block's longest client.
-        how: optimiser and batch settings.
-        apart: every client has weights of its own from the start, or its update is wanted whole.
-        sums: numbers that a client's spread within classes takes.
-    """
-    weights = {name: tensor for name, tensor in state.items() if is_linear_weight(name)}
-
-    def shared(rows: int) -> set[str]:
-        keeps = partial(keeps_factors, rows=rows, steps=steps, how=how)
-        return {
-            n for n, w in weights.items() if not (apart or n.startswith(ENCODER)) and keeps((w.shape[0], w.shape[1]))
-        }
-
-    batch_rows, kept = how.batch_size * segments, shared(how.batch_size * segments)
-    copies = 4 if how.optimizer == "AdamW" else 3 if how.momentum else 2
-    return ClientCosts(
-        activation_bytes=8 * batch_rows * sum(sum(weight.shape) for weight in weights.values()),
-        own_bytes=4 * (copies * sum(tensor.numel() for name, tensor in state.items() if name not in kept) + sums),
-        step_flop=6 * batch_rows * sum(weight.numel() for weight in weights.values()),
-        may_share=bool(shared(how.batch_size)),
-    )
-
-
 class StackTrainer:
     """Trains stacks on one device; holds buffers, never client state.
 
@@ -168,11 +111,7 @@ class StackTrainer:
 
     def size(self, costs: ClientCosts) -> int:
         """Clients of a stack, a power of two: a function of model and configuration, not of the memory at hand."""
-        device = self._parts.device.type
-        near = CACHE_BYTES[device] // max(costs.activation_bytes, 1)
-        busy = min(int(STEP_FLOP[device]) // max(costs.step_flop, 1), 3 * near)
-        fitting = min(max(near, busy), OWN_BYTES[device] // max(costs.own_bytes, 1))
-        return self._parts.model.max_clients or 1 << (max(1, fitting).bit_length() - 1)
+        return self._parts.model.max_clients or stack_size(costs, self._parts.device.type)
 
     def train(self, data: ClientRows, broadcast: Broadcast, *, own: np.ndarray | None, most_steps: int) -> TrainedStack:
         """Train the clients of one stack, and evaluate and collect statistics where that is asked for.
