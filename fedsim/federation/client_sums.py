@@ -8,9 +8,6 @@ Legend: E = S * D numbers of an audio embedding.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from fedsim.algorithms.client_generator import PREFIX, averaged
 from fedsim.algorithms.within_class import estimate, merged, next_basis
 from fedsim.config.schema import Config
@@ -34,30 +31,22 @@ class ClientSums:
         self._measured = used and uses_covariance(kind, settings.generator_rows)
         self._rank = size if kind == "full" else settings.generator_rank
 
-    def start(self) -> Learnt:
-        """What is known before round 1."""
-        if not self._trained:
-            return Learnt()
-        settings = self._config.feda2v
-        return Learnt(
-            network=residual_vae.init(
-                size=self._size,
-                hidden_dim=settings.generator_hidden_dim,
-                latent_dim=settings.generator_latent_dim,
-                seed=self._config.experiment.seed,
-            )
-        )
-
     def extra(self, known: Learnt, round_number: int) -> AdapterState:
-        """What clients are told beside the adapter, by name; a network is trained once its scale is known."""
+        """What clients are told beside the adapter, by name; a network is trained from the first covariance on."""
         if not self._measured:
             return {}
         seed = self._config.experiment.seed
         basis = next_basis(known.pooled, size=self._size, rank=self._rank, seed=seed, round_number=round_number)
         if not (self._trained and known.pooled):
             return {"basis": basis}
-        network = {PREFIX + name: tensor for name, tensor in known.network.items()}
-        return {"basis": basis, "deviation": deviation(known.pooled), **network}
+        network = known.network or self._first_network(known.pooled)
+        named = {PREFIX + name: tensor for name, tensor in network.items()}
+        return {"basis": basis, "deviation": residual_vae.deviation(known.pooled), **named}
+
+    def _first_network(self, pooled: PooledCovariance) -> AdapterState:
+        settings, seed = self._config.feda2v, self._config.experiment.seed
+        hidden, latent = settings.generator_hidden_dim, settings.generator_latent_dim
+        return residual_vae.init(pooled, hidden_dim=hidden, latent_dim=latent, seed=seed)
 
     def learn(self, known: Learnt, sums: AdapterState, extra: AdapterState, *, memory: float) -> Learnt:
         """What is known after a round.
@@ -73,10 +62,5 @@ class ClientSums:
         pooled = merged(known.pooled, estimate(sums, extra["basis"]), memory=memory)
         if "deviation" not in extra:
             return Learnt(pooled, known.network)
-        return Learnt(pooled, averaged(known.network, sums), extra["deviation"])
-
-
-def deviation(pooled: PooledCovariance) -> Tensor:
-    """Standard deviation within classes of every coordinate [E], floored so that constant ones stay finite."""
-    found = pooled.variance.sqrt()
-    return found.clamp(min=float(found.mean()) * 0.01 + torch.finfo(torch.float32).tiny)
+        told = {name.removeprefix(PREFIX): tensor for name, tensor in extra.items() if name.startswith(PREFIX)}
+        return Learnt(pooled, averaged(told, sums), extra["deviation"])

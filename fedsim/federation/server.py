@@ -71,7 +71,7 @@ class Server:
         self.setup, self.config, self.pool, self.device = setup, setup.config, pool, device
         self.parts: Parts = build_parts(setup, device)
         self._client_sums = ClientSums(self.config, int(np.prod(self.parts.adapter.input_shape)))
-        self.state = state or ServerState(0, initial_state(setup, self.parts), learnt=self._client_sums.start())
+        self.state = state or ServerState(0, initial_state(setup, self.parts))
         settings = self.config.feda2v
         self.aggregator = make_aggregator(
             settings.adapter_aggregation_mode,

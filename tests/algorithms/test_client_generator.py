@@ -18,7 +18,10 @@ from fedsim.types import ClassStats, PooledCovariance
 
 S, D, C, HIDDEN, LATENT = 2, 8, 3, 16, 4
 SIZE = S * D
-NETWORK = init(size=SIZE, hidden_dim=HIDDEN, latent_dim=LATENT, seed=0)
+POOLED = PooledCovariance(
+    torch.randn(SIZE, 3, generator=torch.Generator().manual_seed(1)), torch.linspace(0.5, 2.0, SIZE), 100.0
+)
+NETWORK = init(POOLED, hidden_dim=HIDDEN, latent_dim=LATENT, seed=0)
 HOW = training(optimizer="AdamW", learning_rate=0.01, batch_size=4, local_epochs=2)
 
 
@@ -129,16 +132,25 @@ def test_noise_is_normal_and_a_function_of_client_step_and_round():
         assert not torch.equal(noise, client_generator._normal(seed, round_number, np.arange(200), step, 1002))
 
 
-def test_the_loss_is_minus_the_evidence_bound_per_number():
+def random_network() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
+    return {name: 0.3 * torch.randn(tensor.shape) for name, tensor in NETWORK.items()}
+
+
+def test_the_loss_is_minus_the_evidence_bound_per_number():
+    params = stack(random_network())
     r, noise = torch.randn(1, 5, SIZE), torch.randn(1, 5, LATENT)
-    params = stack({**NETWORK, "log_noise": torch.randn(SIZE)})
-    hidden = torch.nn.functional.gelu(r @ params["recognition.0.weight"] + params["recognition.0.bias"].unsqueeze(1))
-    both = hidden @ params["recognition.1.weight"] + params["recognition.1.bias"].unsqueeze(1)
-    mu, log_variance = both[..., :LATENT], both[..., LATENT:]
+
+    def half(name, x):
+        hidden = torch.nn.functional.gelu(x @ params[f"{name}.0.weight"] + params[f"{name}.0.bias"].unsqueeze(1))
+        direct = x @ params[f"{name}.linear.weight"] + params[f"{name}.1.bias"].unsqueeze(1)
+        return hidden @ params[f"{name}.1.weight"] + direct
+
+    mu, log_variance = half("recognition", r).chunk(2, dim=-1)
     posterior = torch.distributions.Normal(mu, (log_variance / 2).exp())
     z = mu + (log_variance / 2).exp() * noise
-    likelihood = torch.distributions.Normal(decode(params, z), (params["log_noise"] / 2).exp().unsqueeze(1))
+    torch.testing.assert_close(decode(params, z), half("decoder", z))
+    likelihood = torch.distributions.Normal(half("decoder", z), (params["log_noise"] / 2).exp().unsqueeze(1))
     bound = likelihood.log_prob(r).sum(-1) - torch.distributions.kl_divergence(
         posterior, torch.distributions.Normal(0.0, 1.0)
     ).sum(-1)
@@ -146,11 +158,27 @@ def test_the_loss_is_minus_the_evidence_bound_per_number():
     torch.testing.assert_close(loss_rows(params, r, noise), -bound / SIZE - constant, rtol=1e-4, atol=1e-5)
 
 
+def test_a_network_starts_as_the_gaussian_of_the_pooled_covariance():
+    scale = POOLED.variance.sqrt()
+    params = stack(NETWORK)
+    z = torch.randn(1, 50_000, LATENT)
+    r = decode(params, z)[0] + (params["log_noise"] / 2).exp() * torch.randn(50_000, SIZE)
+    wanted = POOLED.factor @ POOLED.factor.T + POOLED.residual.diag()
+    assert (torch.cov((r * scale).T) - wanted).norm() < 0.03 * wanted.norm()
+    # Its recognition half is the posterior: the bound lies within the posterior's neglected correlations of the truth.
+    loss = loss_rows(params, r[:2000].unsqueeze(0), torch.randn(1, 2000, LATENT)).mean()
+    gaussian = torch.distributions.MultivariateNormal(torch.zeros(SIZE), wanted / scale.outer(scale))
+    exact = -gaussian.log_prob(r[:2000]).mean() / SIZE - 0.5 * np.log(2 * np.pi)
+    assert exact - 0.01 < loss < exact + 0.1
+
+
 @pytest.mark.slow
 def test_clients_together_learn_the_spread_within_classes():
     data, x = clients_with([[24, 24, 24]] * 8)
     how = training(optimizer="AdamW", learning_rate=5e-3, batch_size=24, local_epochs=10)
-    network = init(size=SIZE, hidden_dim=64, latent_dim=16, seed=0)
+    # Nothing is known of how coordinates go together: the clients have to find out.
+    ignorant = PooledCovariance(torch.zeros(SIZE, 1), torch.full((SIZE,), 4.0), 1.0)
+    network = init(ignorant, hidden_dim=64, latent_dim=16, seed=0)
     for round_number in range(1, 41):
         network = averaged(network, train(data, x, how=how, network=network, round_number=round_number))
     generator = ResidualVae()

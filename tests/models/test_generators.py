@@ -53,8 +53,8 @@ POOLED = PooledCovariance(0.3 * torch.randn(S * D, 2), VARIANCES.mean(0).flatten
 
 def fitted(kind: str, *, epochs: int = 40, spec: GeneratorSpec = SPEC, stats: ClassStats | None = None):
     generator = make_generator(kind, spec)
-    if kind == "residual_vae":
-        generator.take(init(size=S * D, hidden_dim=16, latent_dim=3, seed=0), POOLED.variance.sqrt())
+    if kind == "residual_vae":  # clients train it: as it starts
+        generator.take(init(POOLED, hidden_dim=16, latent_dim=3, seed=0), POOLED.variance.sqrt())
     generator.fit(stats or federation(), CONDITION, epochs=epochs, stream=rng(0, "test"), pooled=POOLED)
     return generator
 
@@ -106,7 +106,7 @@ def test_every_kind_recovers_the_class_means_of_a_known_mixture(trained, kind):
         error = (x.mean(0) - MEANS[label]) / VARIANCES[label].sqrt()
         # Class means lie 2 to 4 within-class deviations apart, and the statistics know them to 0.09 deviations
         # (about 130 recordings).
-        assert error.square().mean().sqrt() < {"vae": 0.4, "residual_vae": 0.4, "gan": 1.0}.get(kind, 0.2)
+        assert error.square().mean().sqrt() < {"vae": 0.4, "gan": 1.0}.get(kind, 0.2)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "cof", "vae", "cgan"])

@@ -2,7 +2,8 @@
 
 Statistics carry the class means; the network carries the spread around them, which all classes share. It is trained
 on the clients, where the recordings are, and averaged like an adapter (see `algorithms.client_generator`): so it may
-learn more than any covariance holds, and no recording leaves a client. With r = (x - mean) / deviation:
+learn more than any covariance holds, and no recording leaves a client. It starts as `lowrank`, whose axes are its first
+linear maps. With r = (x - mean) / deviation:
 
     recognition r -> mu, log sigma^2 [Z]        decoder z -> r^ [E]        v_e: learnt noise of every coordinate
     -ELBO / E = 1/2 * mean over coordinates of [(r - r^)^2 / v + log v] + KL(N(mu, sigma^2) || N(0, 1)) / E
@@ -33,27 +34,60 @@ from fedsim.seeding import normal, rng
 from fedsim.types import AdapterState, ClassStats, PooledCovariance
 
 CALIBRATION_DRAWS = 4096
+LEAST_NOISE = 0.01
+"""Of the variance of a coordinate, at the start: an axis may explain all of it, and its noise must stay above 0."""
 
 
-def init(*, size: int, hidden_dim: int, latent_dim: int, seed: int) -> AdapterState:
-    """Tensors of one network by name: two layers each way, small last ones, noise of variance 1."""
-    widths = {
-        "recognition.0": (size, hidden_dim),
-        "recognition.1": (hidden_dim, 2 * latent_dim),
-        "decoder.0": (latent_dim, hidden_dim),
-        "decoder.1": (hidden_dim, size),
+def init(pooled: PooledCovariance, *, hidden_dim: int, latent_dim: int, seed: int) -> AdapterState:
+    """Tensors of one network by name: it starts as the Gaussian of the pooled covariance.
+
+    Both halves are a linear map plus a network of one hidden layer whose last layer starts at 0. The linear maps are
+    those of factor analysis: decoder A, the R = min(Z, rank) longest axes over the deviation, noise v, and the
+    posterior of z given r, with mean M^-1 A v^-1 r and covariance M^-1, M = I + A v^-1 A^T (Bishop 2006, equations
+    12.66 to 12.68), of which the diagonal is taken.
+
+    Args:
+        pooled: the within-class covariance.
+        hidden_dim: width of the hidden layers.
+        latent_dim: Z.
+        seed: of the hidden layers.
+    """
+    scale, used = deviation(pooled), min(latent_dim, pooled.factor.shape[1])
+    size = len(scale)
+    axes = torch.zeros(latent_dim, size)
+    axes[:used] = (pooled.factor[:, :used] / scale.unsqueeze(1)).T.cpu()
+    noise = (1 - axes.square().sum(0)).clamp(min=LEAST_NOISE)
+    covariance = torch.linalg.inv((torch.eye(latent_dim) + (axes / noise) @ axes.T).double()).float()
+    posterior = torch.cat([covariance @ (axes / noise), torch.zeros(latent_dim, size)])
+    return {
+        "log_noise": noise.log(),
+        **nest("recognition.0", linear_init(rng(seed, "generator-init", "recognition"), size, hidden_dim)),
+        "recognition.1.weight": torch.zeros(hidden_dim, 2 * latent_dim),
+        "recognition.1.bias": torch.cat([torch.zeros(latent_dim), covariance.diagonal().log()]),
+        "recognition.linear.weight": posterior.T.contiguous(),
+        **nest("decoder.0", linear_init(rng(seed, "generator-init", "decoder"), latent_dim, hidden_dim)),
+        "decoder.1.weight": torch.zeros(hidden_dim, size),
+        "decoder.1.bias": torch.zeros(size),
+        "decoder.linear.weight": axes,
     }
-    state: AdapterState = {"log_noise": torch.zeros(size)}
-    for name, (in_dim, out_dim) in widths.items():
-        state |= nest(name, linear_init(rng(seed, "generator-init", name), in_dim, out_dim))
-    return state
+
+
+def deviation(pooled: PooledCovariance) -> Tensor:
+    """Standard deviation within classes of every coordinate [E], floored so that constant ones stay finite."""
+    found = pooled.variance.sqrt()
+    return found.clamp(min=float(found.mean()) * 0.01 + torch.finfo(torch.float32).tiny)
+
+
+def _half(params: Params, name: str, x: Tensor) -> Tensor:
+    """A linear map plus a network of one hidden layer."""
+    hidden = functional.gelu(linear(params, f"{name}.0", x))
+    both: Tensor = linear(params, f"{name}.1", hidden) + linear(params, f"{name}.linear", x)
+    return both
 
 
 def loss_rows(params: Params, r: Tensor, noise: Tensor) -> Tensor:
     """-ELBO / E of every row: standardised residuals [K, B, E], standard normal noise [K, B, Z] -> [K, B]."""
-    mu, log_variance = linear(params, "recognition.1", functional.gelu(linear(params, "recognition.0", r))).chunk(
-        2, dim=-1
-    )
+    mu, log_variance = _half(params, "recognition", r).chunk(2, dim=-1)
     log_variance = log_variance.clamp(-10.0, 10.0)
     decoded = decode(params, mu + (0.5 * log_variance).exp() * noise)
     log_noise = params["log_noise"].clamp(-8.0, 4.0).unsqueeze(1)
@@ -65,8 +99,7 @@ def loss_rows(params: Params, r: Tensor, noise: Tensor) -> Tensor:
 
 def decode(params: Params, z: Tensor) -> Tensor:
     """Latents [K, B, Z] -> residuals without noise [K, B, E]."""
-    decoded: Tensor = linear(params, "decoder.1", functional.gelu(linear(params, "decoder.0", z)))
-    return decoded
+    return _half(params, "decoder", z)
 
 
 class ResidualVae:
@@ -77,10 +110,10 @@ class ResidualVae:
         self._network: AdapterState = {}
         self._scale = torch.empty(0)
 
-    def take(self, network: Mapping[str, Tensor], deviation: Tensor | None) -> None:
-        """The averaged network and the deviation [E] of every coordinate; None before the first was measured."""
-        if deviation is not None:
-            self._network, self._scale = dict(network), deviation
+    def take(self, network: Mapping[str, Tensor], scale: Tensor | None) -> None:
+        """The averaged network and the deviation [E] in which it was trained; None before there is one."""
+        if scale is not None:
+            self._network, self._scale = dict(network), scale
 
     def fit(
         self,
