@@ -38,6 +38,7 @@ def generator(kind: str) -> tuple[str, ...]:
     return (f"feda2v.generator_type={kind}",)
 
 
+RESIDUAL_VAE = (*generator("residual_vae"), "feda2v.generator_epochs=20", "feda2v.generator_learning_rate=0.003")
 METHODS: dict[str, tuple[str, ...]] = {
     "centralised": (*NO_SERVER_STEP, "federation.num_clients=1", "federation.partition=iid", EXTRA_EPOCHS),
     "FedAvg": NO_SERVER_STEP,
@@ -49,18 +50,26 @@ METHODS: dict[str, tuple[str, ...]] = {
     "lowrank": generator("lowrank"),
     "vae": generator("vae"),
     "gan": generator("gan"),
+    "cgan": (*generator("cgan"), "feda2v.discriminator=r1"),
+    "residual_vae": RESIDUAL_VAE,
     "replay + contrastive": (*generator("replay"), *CONTRASTIVE),
     "lowrank + contrastive": (*generator("lowrank"), *CONTRASTIVE),
     "vae + contrastive": (*generator("vae"), *CONTRASTIVE),
+    "residual_vae + contrastive": (*RESIDUAL_VAE, *CONTRASTIVE),
     "lowrank, server only": (*generator("lowrank"), "federation.local_epochs=0"),
 }
 COMPARISONS = (
     ("lowrank", "replay"),
     ("vae", "replay"),
     ("gan", "replay"),
+    ("cgan", "replay"),
+    ("residual_vae", "replay"),
+    ("residual_vae", "lowrank"),
     ("vae", "lowrank"),
     ("lowrank + contrastive", "replay + contrastive"),
     ("vae + contrastive", "replay + contrastive"),
+    ("residual_vae + contrastive", "replay + contrastive"),
+    ("residual_vae + contrastive", "lowrank + contrastive"),
     ("lowrank + contrastive", "FedAvg, extra steps"),
 )
 
