@@ -102,6 +102,7 @@ def test_a_cell_runs_and_is_not_repeated(study, tmp_path, shared_data, monkeypat
     monkeypatch.setenv("FEDSIM_DATA", str(shared_data))
     monkeypatch.setitem(study.METHODS, "quick", ("federation.global_rounds=2", *study.generator("lowrank")))
     cell = study.Cell("log-mel, three rare classes", "quick", 1, 1)
+    (tmp_path / cell.folder / "checkpoints").mkdir(parents=True)  # a run that was broken off
     first = study.run_cell(cell, tmp_path, tracked=True)
     assert len(first["accuracy"]) == 2
     assert (tmp_path / "mlflow.db").is_file()

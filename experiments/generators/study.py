@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -154,6 +155,7 @@ def run_cell(cell: Cell, output: Path, *, tracked: bool) -> dict[str, object]:
 
     setting, run_dir = SETTINGS[cell.setting], output / cell.folder
     if not (run_dir / "result.json").exists():
+        shutil.rmtree(run_dir, ignore_errors=True)  # a run that was broken off
         data = [f"data.test_fold={cell.fold}", f"experiment.seed={1000 * cell.seed + cell.fold}"]
         if setting.rare:
             data += ["data.name=csv", f"data.path={rare_manifest(output, fold=cell.fold, seed=cell.seed)}"]
