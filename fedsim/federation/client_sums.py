@@ -33,6 +33,10 @@ class ClientSums:
 
     def extra(self, known: Learnt, round_number: int) -> AdapterState:
         """What clients are told beside the adapter, by name; a network is trained from the first covariance on."""
+        # Contiguous, as they come out of a message: a product's bits depend on how its factors lie in memory.
+        return {name: tensor.contiguous() for name, tensor in self._extra(known, round_number).items()}
+
+    def _extra(self, known: Learnt, round_number: int) -> AdapterState:
         if not self._measured:
             return {}
         seed = self._config.experiment.seed

@@ -87,7 +87,7 @@ def test_a_server_actor_with_two_client_actors_gives_the_same_bits_and_shows_wha
     assert final["digest"] == reference[0]
     assert numbers(results) == reference[1]
     assert {status["round"] for status in told} <= {1, 2, 3, 4}
-    assert told[-1]["phase"] == "evaluate"
+    assert told[-1]["phase"] == "quality"
     assert "Generator training completed. Average loss: " in caplog.text
     assert (tmp_path / "checkpoints" / "round-4" / "state.json").is_file()
     assert (tmp_path / "adapter" / "adapter.safetensors").is_file()

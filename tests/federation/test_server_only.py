@@ -30,7 +30,7 @@ from fedsim.federation.parts import build_parts, initial_state
 from fedsim.federation.server_step import ServerStep
 from fedsim.federation.setup import prepare
 from fedsim.models.saved import digest
-from fedsim.types import Broadcast
+from fedsim.types import Broadcast, Learnt
 
 SERVER_ONLY = (*SERVER_STEP, "federation.local_epochs=0")
 
@@ -54,7 +54,7 @@ def test_the_adapter_after_a_round_is_the_start_refined(setup, mode):
     )
     order = np.lexsort((measured.stats.label, measured.stats.client))
     by_hand = ServerStep(setup, parts, {}).run(
-        start, measured.stats.take(order), None, None, RoundClock(1, lambda _: None)
+        start, measured.stats.take(order), None, Learnt(), RoundClock(1, lambda _: None)
     )
     assert digest(server.state.adapter) == digest(by_hand.adapter) != digest(start)
 

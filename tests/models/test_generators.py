@@ -131,10 +131,10 @@ def correlated(label: int) -> tuple[torch.Tensor, torch.Tensor]:
     [
         ("lowrank", 0.15, 0.1),
         ("full", 0.15, 0.1),
-        ("vae", 0.15, 0.1),
-        ("gan", 0.4, 0.4),
-        ("cgan", 0.2, 0.1),
         ("gaussian", None, 0.1),
+        pytest.param("vae", 0.15, 0.1, marks=pytest.mark.slow),
+        pytest.param("gan", 0.4, 0.4, marks=pytest.mark.slow),
+        pytest.param("cgan", 0.2, 0.1, marks=pytest.mark.slow),
     ],
 )
 def test_the_covariance_of_a_correlated_mixture_is_recovered(kind, worst, away):
