@@ -228,7 +228,7 @@ class FedA2V(Section):
     )
     use_generator: bool = key(False, "build and train the generator, and refine with its samples")
     generator_type: Literal["replay", "gaussian", "cof", "lowrank", "full", "residual_vae", "vae", "gan", "cgan"] = key(
-        "vae", "kind of generator"
+        "lowrank", "kind of generator"
     )
     generator_rows: Literal["means", "moments", "lowrank"] = key(
         "lowrank",
