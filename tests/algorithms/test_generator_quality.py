@@ -171,6 +171,7 @@ def test_classifier_trained_on_synthetic_rows():
     assert tstr_top1(paired(real, labels, made, 0 * made_labels)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [20, 400])
 def test_classifier_is_that_of_scikit_learn(width):
     from sklearn.linear_model import RidgeClassifier

@@ -59,7 +59,7 @@ def reference(setup):
     return digest(server.state.adapter), numbers(results)
 
 
-@pytest.mark.parametrize("num_actors", [1, 3])
+@pytest.mark.parametrize("num_actors", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_any_number_of_actors_gives_the_bits_of_this_process(cluster, setup, reference, num_actors):
     with ray_pool(setup, num_actors) as pool:
         server, results = run(setup, pool=pool)
@@ -73,6 +73,7 @@ def test_any_number_of_actors_gives_the_bits_of_this_process(cluster, setup, ref
     assert actors("ClientActor") == []
 
 
+@pytest.mark.slow
 def test_a_server_actor_with_two_client_actors_gives_the_same_bits_and_shows_what_happens(
     cluster, setup, reference, tmp_path, caplog
 ):
@@ -93,6 +94,7 @@ def test_a_server_actor_with_two_client_actors_gives_the_same_bits_and_shows_wha
     assert (tmp_path / "adapter" / "adapter.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_clients_that_keep_their_tensors_get_them_back_over_the_wire(cluster, setup):
     apart = reconfigured(setup, "feda2v.adapter_aggregation_mode=none", "federation.cohort_size=4")
     here, results = run(apart)
@@ -196,6 +198,7 @@ def test_actors_that_can_not_start_are_an_error_and_no_endless_wait(cluster, set
     pool.close()
 
 
+@pytest.mark.slow
 def test_the_size_of_a_message_in_the_object_store_does_not_depend_on_recordings(cluster, setup, tmp_path):
     import ray
     from ray.experimental import get_object_locations

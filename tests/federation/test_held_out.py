@@ -82,6 +82,7 @@ def test_a_collapse_is_warned_of_once(setup, caplog, kind, times):
         assert result.metrics["generator/missing_classes"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "collapsed"), [("gaussian", True), ("lowrank", False), (None, None)])
 def test_the_result_says_whether_the_generator_collapsed(setup, tmp_path, kind, collapsed):
     if kind is None:

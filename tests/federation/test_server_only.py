@@ -129,6 +129,7 @@ def test_clients_apart_keep_what_they_began_with(setup):
     assert np.isfinite(list(results[-1].metrics.values())).all()
 
 
+@pytest.mark.slow
 def test_encoder_layers_stay_as_they_are():
     ast = (
         "model.audio_encoder={name: tiny_ast, segments: 2, dim: 16, trainable: 'last:1'}",

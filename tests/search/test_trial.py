@@ -38,6 +38,7 @@ def test_a_trial_reports_every_round_and_leaves_a_run_directory(make_config: Mak
     assert comparison.runs[0].digest != comparison.runs[1].digest
 
 
+@pytest.mark.slow
 def test_a_stopped_trial_is_a_whole_run_of_fewer_rounds(make_config: Make, tmp_path: Path) -> None:
     rounds = run_trial(plan_for(make_config(space=RATES), tmp_path), {"training.learning_rate": 0}, "a")
     next(rounds)
@@ -62,6 +63,7 @@ def test_an_unknown_metric_is_refused_after_the_first_round(make_config: Make, t
     assert read_end(tmp_path / "trials/a") == TrialEnd("failed", str(caught.value), stop_search=True)
 
 
+@pytest.mark.slow
 def test_values_that_do_not_go_together_fail_the_trial_alone(make_config: Make, tmp_path: Path) -> None:
     plan = plan_for(make_config(space={"federation.cohort_size": {"choices": [2, 99]}}), tmp_path)
     with pytest.raises(FedsimError, match="cohort_size is 99"):
@@ -73,6 +75,7 @@ def test_values_that_do_not_go_together_fail_the_trial_alone(make_config: Make, 
     assert len(list(run_trial(plan, {"federation.cohort_size": 0}, "b"))) == 3
 
 
+@pytest.mark.slow
 def test_keys_that_change_the_data_make_the_trial_prepare_its_own(make_config: Make, tmp_path: Path) -> None:
     plan = plan_for(make_config(space={"data.clips_per_class": {"choices": [4, 2]}}), tmp_path)
     list(run_trial(plan, {"data.clips_per_class": 0}, "a"))
