@@ -163,6 +163,7 @@ def test_a_block_whose_actors_always_die_is_lost_after_the_last_attempt(cluster,
     assert re.search(r"lost 7 clients \((\d, ){6}\d\): its actor died 2 times: ", caplog.text)
 
 
+@pytest.mark.slow
 def test_a_failing_client_is_named_with_its_round(cluster, setup):
     wild = reconfigured(setup, "training.learning_rate=1e30", "training.clip_norm=0", "federation.local_epochs=2")
     with (

@@ -117,6 +117,7 @@ def test_a_killed_fill_goes_on_where_it_stopped(tmp_path):
     np.testing.assert_array_equal(store.rows, encode([waveform(i) for i in range(10)])[0])
 
 
+@pytest.mark.slow
 def test_a_second_process_waits_and_says_so(tmp_path, caplog):
     child = start_child(tmp_path, stop_at=5, sleep_s=1.0)
     started = time.monotonic()

@@ -94,6 +94,7 @@ def test_clips_of_one_source_recording_are_more_alike_than_others():
     assert distance[same_group].mean() < 0.6 * distance[same_class & ~same_group & (distance > 0)].mean()
 
 
+@pytest.mark.slow
 def test_a_linear_probe_on_logmel_statistics_finds_most_but_not_all():
     pytest.importorskip("sklearn")
     from sklearn.linear_model import LogisticRegression

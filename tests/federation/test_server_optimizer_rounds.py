@@ -102,6 +102,7 @@ class Spy:
         return averaged, moments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPPING)
 def test_trained_encoder_layers_are_stepped_like_the_adapters(name):
     ast = (

@@ -76,6 +76,7 @@ def test_no_more_than_so_many_records_wait(make_result: MakeResult) -> None:
     tracker.finish("FINISHED", {}, {})
 
 
+@pytest.mark.slow
 def test_opening_holds_up_nothing_but_who_asks_for_the_address(make_result: MakeResult) -> None:
     go, before = threading.Event(), sys.getswitchinterval()
 
