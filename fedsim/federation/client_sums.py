@@ -1,7 +1,7 @@
 """What clients measure and train for the generator beside their adapters: told by a broadcast, summed up by blocks.
 
-Everything here comes back as sums over the cohort, never per client: the spread within classes (`within_class`) and the
-changes of a network that clients train (`client_generator`).
+Everything here comes back as sums: the spread within classes (`within_class`) and the changes of a network that clients
+train (`client_generator`). The server uses the cohort's; what arrives is a block's, and a block may hold one client.
 
 Legend: E = S * D numbers of an audio embedding.
 """

@@ -19,6 +19,7 @@ E = S * D numbers of an embedding, Z latent numbers, n samples.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import numpy as np
@@ -33,6 +34,7 @@ from fedsim.models.generators.samplers import ClassTable
 from fedsim.seeding import normal, rng
 from fedsim.types import AdapterState, ClassStats, PooledCovariance
 
+log = logging.getLogger(__name__)
 CALIBRATION_DRAWS = 4096
 LEAST_NOISE = 0.01
 """Of the variance of a coordinate, at the start: an axis may explain all of it, and its noise must stay above 0."""
@@ -127,6 +129,7 @@ class ResidualVae:
         """Keep the class means, and give samples the pooled variances; the network is trained elsewhere."""
         self._table.fit(stats, condition, None)
         if not self._network or pooled is None:
+            log.info("generator 'residual_vae': clients have not trained a network yet, it repeats class means")
             return FitReport((), {})
         spread = self._residuals(CALIBRATION_DRAWS, stream, stats.audio_mean.device).std(0)
         self._scale = pooled.variance.sqrt() / spread
