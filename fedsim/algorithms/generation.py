@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsim.algorithms.objective import Objective
+from fedsim.errors import ModelError
 from fedsim.models.generators import Generator
 from fedsim.types import ClassStats, join_stats
 
@@ -99,9 +100,14 @@ def draw_synthetic(
     """`per_class` synthetic audio embeddings of every class with statistics: labels [n], embeddings [n, S, D].
 
     Where no class mean has a negative coordinate (encoders that end in a ReLU) samples are clamped at 0.
+
+    Raises:
+        ModelError: the generator has diverged.
     """
     labels = np.repeat(np.unique(stats.label), per_class)
     rows = generator.sample(condition[torch.from_numpy(labels)], len(labels), stream=stream)
+    if not bool(rows.isfinite().all()):
+        raise ModelError("the generator draws rows that aren't finite; lower feda2v.generator_learning_rate")
     return labels, rows.clamp_(min=0) if float(stats.audio_mean.min()) >= 0 else rows
 
 

@@ -65,6 +65,10 @@ class ClientSums:
             return known
         pooled = merged(known.pooled, estimate(sums, extra["basis"]), memory=memory)
         if "deviation" not in extra:
-            return Learnt(pooled, known.network)
+            return self._with_first_network(pooled) if self._trained and pooled else Learnt(pooled)
         told = {name.removeprefix(PREFIX): tensor for name, tensor in extra.items() if name.startswith(PREFIX)}
         return Learnt(pooled, averaged(told, sums), extra["deviation"])
+
+    def _with_first_network(self, pooled: PooledCovariance) -> Learnt:
+        """The first covariance, and the Gaussian of it as a network: one to draw from before any client trains it."""
+        return Learnt(pooled, self._first_network(pooled), residual_vae.deviation(pooled))

@@ -115,12 +115,13 @@ class HeldOut:
         kept = _evenly(labels)
         found = generator_quality(embeddings[kept], labels[kept], rows, torch.from_numpy(drawn).to(labels.device))
         kind = self._setup.config.feda2v.generator_type
-        if found.get("diversity", 1.0) < COLLAPSED and kind not in REPEATS_MEANS and not self._warned:
-            self._warned = True
+        collapsed = found.get("diversity", 1.0) < COLLAPSED and kind not in REPEATS_MEANS
+        if collapsed and not self._warned:
             log.warning(
                 "generator %r has collapsed in round %d: the variance within classes of its rows is %.3g of that of "
                 "held-out recordings (below %g)", kind, round_number, found["diversity"], COLLAPSED,
             )  # fmt: skip
+        self._warned = collapsed
         return {f"generator/{name}": value for name, value in found.items()}
 
 
