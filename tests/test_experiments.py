@@ -2,17 +2,23 @@
 
 import csv
 import importlib
+import json
+import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 import fedsim
+from fedsim.data import open_recordings
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "experiments").rglob("*.yaml"))
+SETTINGS = ROOT / "experiments" / "generators" / "settings.yaml"
+FILES = sorted({*(ROOT / "experiments").rglob("*.yaml")} - {SETTINGS})
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
@@ -67,45 +73,103 @@ def test_an_interval_is_students(study):
 
 
 def test_the_study_covers_every_pair_and_its_tables_read_as_they_should(study):
-    cells = study.cells(list(study.SETTINGS), list(study.METHODS))
+    tables, settings = importlib.import_module("tables"), importlib.import_module("runs").read_settings(SETTINGS)
+    part = study.PARTS["exploration"]
+    cells = study.cells(settings, part, part.methods)
     assert len(cells) == len(set(cells)) == len({cell.folder for cell in cells})
-    assert len(cells) == len(study.SETTINGS) * len(study.METHODS) * 15
-    assert all(method in study.METHODS for pair in study.COMPARISONS for method in pair)
+    assert len(cells) == len(settings) * len(study.METHODS) * 15
+    setting, other, *_ = settings
     rows = [
         {**vars(c), "accuracy": [50.0 + n + c.fold + 5 * (c.method == "lowrank") for n in range(15)], "bytes_up": 2e6}
         for c in cells
+        if c.setting == setting
     ]
-    results = study.Results(rows)
-    setting = next(iter(study.SETTINGS))
-    assert "| lowrank | 62.0 ± 1.5 | 72.0 ± 1.5 | +5.0 | +5.0 | 4 | 2.0 |" in results.table(setting)
-    tests = results.tests([setting])
-    assert f"{2 * len(study.COMPARISONS)} comparisons, 15 pairs each" in tests
-    adjusted = 2 * len(study.COMPARISONS) * 2 / 2**15
+    results = tables.Results(rows)
+    assert "| lowrank | 62.0 | 72.0 (71.2 … 72.8) | +5.0 | +5.0 | +5.0 |  | 4 | 2.0 |" in results.table(setting)
+    tests = results.tests([setting, other], study.COMPARISONS, (5, 15))
+    family = 2 * 2 * len(study.COMPARISONS)
+    assert f"{family} comparisons ({family // 2} of them run), 15 pairs each" in tests
+    adjusted = family * 2 / 2**15
     assert f"| {setting} | lowrank − replay | 5 | **+5.0** | +5.0 … +5.0 | 0.0001 | **{adjusted:.4f}** |" in tests
     assert f"| {setting} | gan − replay | 5 | +0.0 | +0.0 … +0.0 | 1.0000 | 1.0000 |" in tests
 
 
-def test_rare_classes_keep_two_recordings_and_the_whole_held_out_fold(study, tmp_path, shared_data):
-    path = study.rare_manifest(tmp_path, fold=2, seed=1)
-    assert path.read_text() == study.rare_manifest(tmp_path, fold=2, seed=1).read_text()
-    assert path.read_text() != study.rare_manifest(tmp_path, fold=2, seed=2).read_text()
-    rows = list(csv.DictReader(path.read_text().splitlines()))
+def test_the_confirmation_has_partitions_of_its_own_and_its_methods_are_those_it_compares(study):
+    explored, confirmed = study.PARTS["exploration"], study.PARTS["confirmation"]
+    assert not set(explored.seeds) & set(confirmed.seeds)
+    for part in study.PARTS.values():
+        assert {method for pair in part.comparisons for method in pair} <= set(part.methods) <= set(study.METHODS)
+
+
+def test_a_setting_takes_recordings_and_classes_away(study, tmp_path, shared_data, monkeypatch):
+    monkeypatch.setenv("FEDSIM_DATA", str(shared_data))
+    runs = importlib.import_module("runs")
+    file = ROOT / "experiments" / "generators" / "logmel.yaml"
+
+    def manifest(seed):
+        cell = runs.Cell("any", "any", 2, seed)
+        return Path(runs.configuration(cell, runs.Setting(file, rare=3), (), tmp_path).data.path)
+
+    text = manifest(1).read_text()
+    assert text == manifest(1).read_text()
+    assert text != manifest(2).read_text()
+    rows = list(csv.DictReader(text.splitlines()))
     held_out = Counter(row["label"] for row in rows if row["fold"] == "2")
     training = Counter(row["label"] for row in rows if row["fold"] != "2")
     assert set(held_out.values()) == {8}
     assert sorted(training.values()) == [2] * 3 + [32] * 7
     assert all(Path(row["path"]).is_file() for row in rows)
+    chosen = [
+        runs.configuration(runs.Cell("any", "any", 2, seed), runs.Setting(file, classes=3), (), tmp_path).data.classes
+        for seed in (1, 2)
+    ]
+    assert [len(set(classes)) for classes in chosen] == [3, 3]
+    assert chosen[0] != chosen[1]
 
 
 @pytest.mark.slow
 def test_a_cell_runs_and_is_not_repeated(study, tmp_path, shared_data, monkeypatch):
     monkeypatch.setenv("FEDSIM_DATA", str(shared_data))
-    monkeypatch.setitem(study.METHODS, "quick", ("federation.global_rounds=2", *study.generator("lowrank")))
-    cell = study.Cell("log-mel, three rare classes", "quick", 1, 1)
+    runs = importlib.import_module("runs")
+    cell, setting = runs.Cell("rare", "quick", 1, 1), runs.read_settings(SETTINGS)["log-mel, three rare classes"]
+    quick = ("federation.global_rounds=2", *study.generator("lowrank"))
     (tmp_path / cell.folder / "checkpoints").mkdir(parents=True)  # a run that was broken off
-    first = study.run_cell(cell, tmp_path, tracked=True)
+    first = runs.run_cell(cell, setting, quick, tmp_path, tracked=True)
     assert len(first["accuracy"]) == 2
     assert (tmp_path / "mlflow.db").is_file()
     changed = (tmp_path / cell.folder / "result.json").stat().st_mtime_ns
-    assert study.run_cell(cell, tmp_path, tracked=True) == first
+    assert runs.run_cell(cell, setting, quick, tmp_path, tracked=True) == first
     assert (tmp_path / cell.folder / "result.json").stat().st_mtime_ns == changed
+
+
+@pytest.mark.slow
+def test_another_data_set_with_natural_clients_runs_by_its_configuration_alone(study, tmp_path):
+    """A manifest with a `speaker` column, clients by speaker: another configuration and file of settings, no code."""
+    sounds = open_recordings("synthetic", path=None, classes=None, clips_per_class=10, seed=1)
+    with (tmp_path / "manifest.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "fold", "speaker"])
+        for i, label in enumerate(sounds.label):
+            soundfile.write(tmp_path / f"{i}.wav", sounds.source.waveform(i, 16_000), 16_000)
+            writer.writerow([f"{i}.wav", sounds.class_names[label], 1 + i % 5, f"speaker {(i // 5) % 6}"])
+    own = (ROOT / "experiments" / "generators" / "logmel.yaml").read_text()
+    own = own.replace("data: {name: esc10}", f"data: {{name: csv, path: {tmp_path / 'manifest.csv'}}}")
+    own = own.replace("global_rounds: 15", "global_rounds: 15, column: speaker").replace(
+        "partition: classes_per_client, classes_per_client: 1", "partition: by_column"
+    )
+    (tmp_path / "own.yaml").write_text(own.replace("{name: table}", "{name: seeded}"))
+    (tmp_path / "settings.yaml").write_text("speakers: {file: own.yaml}\n")
+    runs = importlib.import_module("runs")
+    cell, setting = runs.Cell("speakers", "lowrank", 2, 1), runs.read_settings(tmp_path / "settings.yaml")["speakers"]
+    method = ("federation.global_rounds=2", *study.METHODS["lowrank"])
+    assert len(runs.run_cell(cell, setting, method, tmp_path, tracked=False)["accuracy"]) == 2
+    last = json.loads((tmp_path / cell.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["cohort_size"] == 6
+
+
+def test_the_command_names_a_setting_that_is_not_there():
+    command = [sys.executable, ROOT / "experiments" / "generators" / "study.py", "--settings", "log-mel"]
+    done = subprocess.run(command, env={**os.environ, "FEDSIM_DATA": "data"}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no setting 'log-mel' in " in done.stderr
+    assert "there are: log-mel, one class per client; " in done.stderr
