@@ -27,7 +27,7 @@ from fedsim.config.schema import Config
 from fedsim.federation.clock import RoundClock
 from fedsim.federation.parts import Parts, adapter_part
 from fedsim.federation.setup import Setup
-from fedsim.models.generators import FitReport, Generator, GeneratorSpec, make_generator
+from fedsim.models.generators import Evidence, FitReport, Generator, GeneratorSpec, make_generator
 from fedsim.models.generators.residual_vae import ResidualVae
 from fedsim.seeding import rng
 from fedsim.types import AdapterState, ClassStats, Learnt
@@ -141,11 +141,9 @@ class ServerStep:
         if isinstance(generator, ResidualVae):
             generator.take(learnt.network, learnt.deviation)
         report = generator.fit(
-            known,
-            condition,
+            Evidence(known, condition, learnt.pooled and learnt.pooled.to(self._parts.device)),
             epochs=generator_epochs(self._config),
             stream=rng(self._config.experiment.seed, "generator", round_number),
-            pooled=learnt.pooled and learnt.pooled.to(self._parts.device),
         )
         for epoch in report.epochs:
             for line in describe_epoch(settings.generator_type, self._class_names, epoch):

@@ -18,7 +18,7 @@ from fedsim.algorithms.generation import (
 )
 from fedsim.algorithms.objective import make_objective
 from fedsim.algorithms.refinement import real_rows
-from fedsim.models.generators import GeneratorSpec, make_generator
+from fedsim.models.generators import Evidence, GeneratorSpec, make_generator
 from fedsim.models.generators.rows import class_shares, moments, pick_rows
 from fedsim.seeding import rng
 from fedsim.types import ClassStats
@@ -111,7 +111,7 @@ def test_synthetic_rows_are_as_many_as_asked_for_every_class_with_statistics(kin
     generator = make_generator(kind, GeneratorSpec(seed=0, hidden_dim=8, latent_dim=2, rows_per_class=4))
     _, objective, _ = world()
     condition = conditions(objective, STATS, from_nodes=True)
-    generator.fit(STATS, condition, epochs=1, stream=rng(0, "fit"))
+    generator.fit(Evidence(STATS, condition), epochs=1, stream=rng(0, "fit"))
     labels, rows = draw_synthetic(generator, STATS, condition, per_class=3, stream=rng(0, "draw"))
     assert labels.tolist() == [0, 0, 0, 2, 2, 2]
     assert rows.shape == (6, S, D)
@@ -128,7 +128,7 @@ def test_samples_stay_non_negative_where_the_encoder_is(positive):
     stats = ClassStats(np.arange(2), np.array([0, 1]), np.array([5, 5]), mean, torch.ones(2, S, D), {})
     generator = make_generator("gaussian", GeneratorSpec(seed=0))
     condition = torch.eye(2)
-    generator.fit(stats, condition, epochs=1, stream=rng(0, "fit"))
+    generator.fit(Evidence(stats, condition), epochs=1, stream=rng(0, "fit"))
     _, rows = draw_synthetic(generator, stats, condition, per_class=9, stream=rng(0, "draw"))
     assert bool((rows >= 0).all()) == positive
 

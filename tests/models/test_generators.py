@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from fedsim.errors import ModelError
-from fedsim.models.generators import KINDS, FitReport, GeneratorSpec, make_generator
+from fedsim.models.generators import KINDS, Evidence, FitReport, GeneratorSpec, make_generator
 from fedsim.models.generators.residual_vae import init
 from fedsim.models.generators.rows import class_draws, moments
 from fedsim.models.generators.vae import Vae
@@ -55,7 +55,7 @@ def fitted(kind: str, *, epochs: int = 40, spec: GeneratorSpec = SPEC, stats: Cl
     generator = make_generator(kind, spec)
     if kind == "residual_vae":  # clients train it: as it starts
         generator.take(init(POOLED, hidden_dim=16, latent_dim=3, seed=0), POOLED.variance.sqrt())
-    generator.fit(stats or federation(), CONDITION, epochs=epochs, stream=rng(0, "test"), pooled=POOLED)
+    generator.fit(Evidence(stats or federation(), CONDITION, POOLED), epochs=epochs, stream=rng(0, "test"))
     return generator
 
 
@@ -159,7 +159,7 @@ def test_the_covariance_of_a_correlated_mixture_is_recovered(kind, worst, away):
     )
     generator = make_generator(kind, spec)
     pooled = PooledCovariance(factor, left, float(freedom))
-    generator.fit(stats, CONDITION, epochs=300, stream=rng(0, "test"), pooled=pooled)
+    generator.fit(Evidence(stats, CONDITION, pooled), epochs=300, stream=rng(0, "test"))
     for label in range(C):
         x = generator.sample(CONDITION[label : label + 1], 20_000, stream=rng(0, "x", label)).flatten(1)
         mean, covariance = correlated(label)
@@ -191,7 +191,9 @@ def test_cof_is_unbiased_over_simulated_federations():
     estimates = []
     for seed in range(300):
         generator = make_generator("cof", SPEC)
-        generator.fit(federation(5, seed=seed, share_variances=False), CONDITION, epochs=1, stream=rng(0, "x"))
+        generator.fit(
+            Evidence(federation(5, seed=seed, share_variances=False), CONDITION), epochs=1, stream=rng(0, "x")
+        )
         estimates.append(generator.state()["audio_var"])
     # Classes are shrunk towards each other, so it is their mean that has no bias: standard error about 1.5 %.
     ratio = torch.stack(estimates).mean((0, 1)) / VARIANCES.mean(0)
@@ -200,7 +202,7 @@ def test_cof_is_unbiased_over_simulated_federations():
 
 def test_cof_tells_classes_apart_when_there_are_many_clients():
     generator = make_generator("cof", SPEC)
-    report = generator.fit(federation(3000, share_variances=False), CONDITION, epochs=1, stream=rng(0, "x"))
+    report = generator.fit(Evidence(federation(3000, share_variances=False), CONDITION), epochs=1, stream=rng(0, "x"))
     torch.testing.assert_close(generator.state()["audio_var"], VARIANCES, atol=0, rtol=0.15)
     assert report.metrics == {"degrees_of_freedom": 3 * 2999}
 
@@ -208,7 +210,7 @@ def test_cof_tells_classes_apart_when_there_are_many_clients():
 def test_cof_by_hand():
     stats = ClassStats(np.array([0, 1]), np.array([0, 0]), np.array([2, 6]), torch.tensor([[[1.0]], [[5.0]]]), None, {})
     generator = make_generator("cof", SPEC)
-    generator.fit(stats, CONDITION[:1], epochs=1, stream=rng(0, "x"))
+    generator.fit(Evidence(stats, CONDITION[:1]), epochs=1, stream=rng(0, "x"))
     # mean (2 * 1 + 6 * 5) / 8 = 4; spread 2 * 9 + 6 * 1 = 24 with one degree of freedom, alone its own pool
     assert generator.state()["audio_mean"].item() == 4.0
     assert generator.state()["audio_var"].item() == 24.0
@@ -238,7 +240,7 @@ def test_a_resumed_generator_goes_on_to_the_bit(kind, share_variances):
     # Copies, as a file gives them back: nothing may hang on shared memory.
     second.load({name: tensor.clone() for name, tensor in first.state().items()})
     later = federation(seed=1, share_variances=share_variances)
-    reports = [g.fit(later, CONDITION, epochs=2, stream=rng(1, "test"), pooled=POOLED) for g in (first, second)]
+    reports = [g.fit(Evidence(later, CONDITION, POOLED), epochs=2, stream=rng(1, "test")) for g in (first, second)]
     assert reports[0] == reports[1]
     one, other = first.state(), second.state()
     assert one.keys() == other.keys()
@@ -252,7 +254,7 @@ def test_a_state_is_a_snapshot(kind):
     generator = fitted(kind, epochs=1)
     taken = generator.state()
     kept = {name: tensor.clone() for name, tensor in taken.items()}
-    generator.fit(federation(seed=5), CONDITION, epochs=2, stream=rng(9, "test"))
+    generator.fit(Evidence(federation(seed=5), CONDITION), epochs=2, stream=rng(9, "test"))
     assert all(torch.equal(taken[name], kept[name]) for name in kept)
 
 
@@ -262,7 +264,7 @@ def test_a_loaded_state_is_not_written_to(kind):
     kept = {name: tensor.clone() for name, tensor in state.items()}
     generator = make_generator(kind, SPEC)
     generator.load(state)
-    generator.fit(federation(seed=5), CONDITION, epochs=2, stream=rng(9, "test"))
+    generator.fit(Evidence(federation(seed=5), CONDITION), epochs=2, stream=rng(9, "test"))
     assert all(torch.equal(state[name], kept[name]) for name in kept)
 
 
@@ -298,7 +300,7 @@ def test_conditions_of_another_width_or_number_are_refused(trained, kind):
 def test_a_fit_of_another_shape_is_refused(kind):
     generator = fitted(kind, epochs=1)
     with pytest.raises(ModelError, match=r"incompatible dimensions: .*\(2, 4, 5\), got \(2, 4, 6\)"):
-        generator.fit(federation(), torch.zeros(C, V + 1), epochs=1, stream=rng(0, "x"))
+        generator.fit(Evidence(federation(), torch.zeros(C, V + 1)), epochs=1, stream=rng(0, "x"))
 
 
 @pytest.mark.parametrize(("kind", "what"), [("vae", "VAE training"), ("gan", "GAN "), ("cgan", "CGAN ")])
@@ -317,7 +319,7 @@ def test_unknown_kinds_are_refused():
 
 @pytest.mark.parametrize("kind", LEARNT)
 def test_a_report_holds_every_class_of_every_epoch(kind):
-    report = make_generator(kind, SPEC).fit(federation(), CONDITION, epochs=3, stream=rng(0, "x"))
+    report = make_generator(kind, SPEC).fit(Evidence(federation(), CONDITION), epochs=3, stream=rng(0, "x"))
     assert [sorted(epoch) for epoch in report.epochs] == [[0, 1, 2]] * 3
     for parts in report.epochs[-1].values():
         assert all(map(math.isfinite, parts.values()))
@@ -347,12 +349,14 @@ def test_beta_is_one_from_the_end_of_the_warm_up_on_over_several_fits(total, sha
     stats, betas = federation(2), []
 
     def make() -> Vae:
-        return Vae(seed=0, hidden_dim=4, latent_dim=2, total_epochs=total, beta_warmup=share, rows_per_class=2)
+        return Vae(
+            GeneratorSpec(0, hidden_dim=4, latent_dim=2, total_epochs=total, beta_warmup=share, rows_per_class=2)
+        )
 
     vae = make()
     for epoch in range(total):
         betas.append(vae.beta)
-        vae.fit(stats, CONDITION, epochs=1, stream=rng(0, "fit", epoch))
+        vae.fit(Evidence(stats, CONDITION), epochs=1, stream=rng(0, "fit", epoch))
         if epoch % 2:  # a resume in between
             state, vae = vae.state(), make()
             vae.load(state)
@@ -371,10 +375,10 @@ def perceptron(state: dict, name: str, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_losses_of_a_batch_by_hand(calibrated):
-    vae = Vae(
-        seed=0, hidden_dim=8, latent_dim=3, learning_rate=1e-2, rows_per_class=8, total_epochs=8, calibrated=calibrated
-    )
-    vae.fit(federation(), CONDITION, epochs=2, stream=rng(0, "fit"))
+    scaling = "calibrated" if calibrated else "legacy"
+    spec = GeneratorSpec(0, 8, 3, learning_rate=1e-2, rows_per_class=8, total_epochs=8, loss_scaling=scaling)
+    vae = Vae(spec)
+    vae.fit(Evidence(federation(), CONDITION), epochs=2, stream=rng(0, "fit"))
     beta = 3 / 4  # two of the eight epochs are done, the warm-up takes four
     x = torch.randn(4, S * D, generator=torch.Generator().manual_seed(0))
     noisy, v = x + 0.1, CONDITION[[0, 1, 2, 2]]
@@ -397,8 +401,8 @@ def test_losses_of_a_batch_by_hand(calibrated):
 
 
 def test_the_calibrated_gradient_is_that_of_the_log_of_the_mean_squared_error():
-    vae = Vae(seed=0, hidden_dim=8, latent_dim=3, rows_per_class=8)
-    vae.fit(federation(), CONDITION, epochs=1, stream=rng(0, "fit"))
+    vae = Vae(GeneratorSpec(0, hidden_dim=8, latent_dim=3, rows_per_class=8))
+    vae.fit(Evidence(federation(), CONDITION), epochs=1, stream=rng(0, "fit"))
     x, v = torch.randn(6, S * D, generator=torch.Generator().manual_seed(0)), CONDITION[[0, 1, 2, 0, 1, 2]]
     weights = list(vae._network.parameters())
     ours = torch.autograd.grad(vae._loss_parts(x, x, v, rng(0, "z"))["recon"].mean(), weights)
@@ -414,14 +418,14 @@ def test_a_collapsed_vae_is_reported(caplog):
     # One class and one row: there is nothing for a latent to tell.
     stats = ClassStats(np.array([0]), np.array([0]), np.array([5]), MEANS[:1], None, {})
     with caplog.at_level(logging.WARNING):
-        report = make_generator("vae", SPEC).fit(stats, CONDITION[:1], epochs=2, stream=rng(0, "x"))
+        report = make_generator("vae", SPEC).fit(Evidence(stats, CONDITION[:1]), epochs=2, stream=rng(0, "x"))
     assert report.metrics["active_units"] == 0
     assert "the VAE has collapsed: no latent unit is active" in caplog.text
 
 
 def test_a_vae_that_learns_is_not_reported_as_collapsed(caplog):
     with caplog.at_level(logging.WARNING):
-        report = make_generator("vae", SPEC).fit(federation(), CONDITION, epochs=20, stream=rng(0, "x"))
+        report = make_generator("vae", SPEC).fit(Evidence(federation(), CONDITION), epochs=20, stream=rng(0, "x"))
     assert report.metrics["active_units"] >= 1
     assert not caplog.records
 
@@ -458,6 +462,6 @@ def test_constant_coordinates_stay_finite():
     assert (deviation[0, 1:] > 0.001).all()
     for kind in LEARNT:
         generator = make_generator(kind, SPEC)
-        generator.fit(stats, CONDITION[:2], epochs=2, stream=rng(0, "x"))
+        generator.fit(Evidence(stats, CONDITION[:2]), epochs=2, stream=rng(0, "x"))
         x = generator.sample(CONDITION[:2], 2, stream=rng(0, "x"))
         assert torch.isfinite(x).all()
