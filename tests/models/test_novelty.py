@@ -8,13 +8,14 @@ import torch
 from test_cgan import CONDITION, SMALL, C, table
 
 from fedsim.models.generators import Evidence, GeneratorSpec
+from fedsim.models.generators.centred import Centred
 from fedsim.models.generators.cgan import Cgan
 from fedsim.models.generators.gan import Gan
 from fedsim.models.generators.novelty import Novelty
 from fedsim.models.generators.vae import Vae
 from fedsim.seeding import normal, rng
 
-LEARNT = {"vae": Vae, "gan": Gan, "cgan": Cgan}
+LEARNT = {"vae": Vae, "vae_plain": lambda spec: Centred(Vae(spec)), "gan": Gan, "cgan": Cgan}
 OPTIONS = [{"ema": 0.9}, {"novelty_weight": 0.5}, {"novelty_weight": 0.5, "novelty": "cosine", "ema": 0.5}]
 
 

@@ -10,23 +10,24 @@ To add a kind, write a class with `fit`, `sample`, `state` and `load`, and a lin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
-
-import numpy as np
-from torch import Tensor
+from collections.abc import Callable
+from dataclasses import replace
 
 from fedsim.errors import ModelError
+from fedsim.models.generators.centred import Centred
 from fedsim.models.generators.cgan import Cgan
 from fedsim.models.generators.gan import Gan
-from fedsim.models.generators.inputs import Evidence, GeneratorSpec
+from fedsim.models.generators.granular import Granular
+from fedsim.models.generators.protocol import Evidence, Generator, GeneratorSpec
 from fedsim.models.generators.report import FitReport
 from fedsim.models.generators.residual_vae import ResidualVae
 from fedsim.models.generators.samplers import Cof, Gaussian, LowRank, Replay
 from fedsim.models.generators.vae import Vae
+from fedsim.seeding import rng
 
 __all__ = [
     "KINDS",
+    "LEARNT",
     "Evidence",
     "FitReport",
     "Generator",
@@ -37,25 +38,8 @@ __all__ = [
 ]
 
 
-class Generator(Protocol):
-    """A model of audio embeddings given the prompt embedding of their class."""
-
-    def fit(self, known: Evidence, *, epochs: int, stream: np.random.Generator) -> FitReport:
-        """Train on class statistics: `epochs` passes of `rows_per_class` draws per class, all chance from `stream`."""
-        ...
-
-    def sample(self, condition: Tensor, n: int, *, stream: np.random.Generator) -> Tensor:
-        """N audio embeddings [n, S, D]; condition [n, V], one row per sample, or [1, V] for all of them."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything a resume needs, as tensors by name."""
-        ...
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take a state from `state()`."""
-        ...
-
+LEARNT = ("vae", "vae_plain", "gan", "cgan")
+"""Kinds with networks that the server trains, on `generator_rows`."""
 
 KINDS: dict[str, Callable[[GeneratorSpec], Generator]] = {
     "replay": lambda spec: Replay(),
@@ -65,6 +49,7 @@ KINDS: dict[str, Callable[[GeneratorSpec], Generator]] = {
     "full": lambda spec: LowRank(),
     "residual_vae": lambda spec: ResidualVae(),
     "vae": Vae,
+    "vae_plain": lambda spec: Centred(Vae(spec)),
     "gan": Gan,
     "cgan": Cgan,
 }
@@ -72,7 +57,7 @@ KINDS: dict[str, Callable[[GeneratorSpec], Generator]] = {
 
 def uses_covariance(kind: str, rows: str) -> bool:
     """Whether a kind, trained on these rows, needs the pooled within-class covariance."""
-    return kind in ("lowrank", "full", "residual_vae") or (kind in ("vae", "gan", "cgan") and rows == "lowrank")
+    return kind in ("lowrank", "full", "residual_vae") or (kind in LEARNT and rows == "lowrank")
 
 
 def trained_by_clients(kind: str) -> bool:
@@ -81,11 +66,16 @@ def trained_by_clients(kind: str) -> bool:
 
 
 def make_generator(kind: str, spec: GeneratorSpec) -> Generator:
-    """Build a generator by kind.
+    """Build a generator by kind; of several networks where `spec.groups` asks for them.
 
     Raises:
         ModelError: unknown kind.
     """
     if kind not in KINDS:
         raise ModelError(f"unknown generator {kind!r}; known: {', '.join(KINDS)}")
-    return KINDS[kind](spec)
+    make = KINDS[kind]
+    if not spec.groups:
+        return make(spec)
+    # Networks of their own start apart.
+    seeds = [int(rng(spec.seed, "generator-group", number).integers(2**31)) for number in range(len(spec.groups))]
+    return Granular(spec.groups, [make(replace(spec, seed=seed, groups=())) for seed in seeds])

@@ -26,16 +26,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsim.models.generators.inputs import Evidence, GeneratorSpec
 from fedsim.models.generators.networks import AdamW, Average, part, perceptron, require_finite, shuffled_batches
 from fedsim.models.generators.novelty import Novelty
 from fedsim.models.generators.projection import ProjectionJudge, mode_seeking, slope_penalty
+from fedsim.models.generators.protocol import Evidence, GeneratorSpec
 from fedsim.models.generators.report import ClassLosses, FitReport
 from fedsim.models.generators.rows import (
     ConditionTable,
     Standardizer,
     check_shape,
-    class_shares,
+    class_centres,
     expand_condition,
     moments,
     shape_of,
@@ -101,9 +101,7 @@ class Cgan:
         """Keep every class's count-weighted mean; -> statistics of what is left around it."""
         self._table.fit(condition, stats.label)
         labels = torch.from_numpy(stats.label).to(stats.audio_mean.device)
-        shares = torch.from_numpy(class_shares(stats)).to(stats.audio_mean).view(-1, 1, 1)
-        means = stats.audio_mean.new_zeros(len(condition), *stats.audio_mean.shape[1:])
-        self._centres = means.index_add_(0, labels, shares * stats.audio_mean)
+        self._centres = class_centres(stats, len(condition))
         return replace(stats, audio_mean=stats.audio_mean - self._centres[labels])
 
     def _make(self, maker: nn.Module, v: Tensor, stream: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsim.errors import ModelError
-from fedsim.models.generators.inputs import Evidence, GeneratorSpec
 from fedsim.models.generators.networks import (
     AdamW,
     Average,
@@ -27,6 +26,7 @@ from fedsim.models.generators.networks import (
     shuffled_batches,
 )
 from fedsim.models.generators.novelty import Novelty
+from fedsim.models.generators.protocol import Evidence, GeneratorSpec
 from fedsim.models.generators.report import ClassLosses, FitReport
 from fedsim.models.generators.rows import (
     NOT_FITTED,

@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from fedsim.models.adapters import stack
 from fedsim.models.adapters.layers import Params, linear, linear_init, nest
-from fedsim.models.generators.inputs import Evidence
+from fedsim.models.generators.protocol import Evidence
 from fedsim.models.generators.report import FitReport
 from fedsim.models.generators.samplers import ClassTable
 from fedsim.seeding import normal, rng

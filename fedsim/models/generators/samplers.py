@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.models.generators.inputs import Evidence
+from fedsim.models.generators.protocol import Evidence
 from fedsim.models.generators.report import FitReport
 from fedsim.models.generators.rows import NO_COVARIANCE, ConditionTable, draw, draw_around, pick_rows
 from fedsim.types import ClassStats, PooledCovariance

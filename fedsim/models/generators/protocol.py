@@ -1,14 +1,18 @@
-"""What generators are given: settings of the learnt kinds, and the evidence that every kind is fitted on.
+"""The protocol of generators: what they can do, what they are fitted on, and settings of the learnt kinds.
 
-Legend: M rows of class statistics, C classes, V condition width, S segments, D width.
+Legend: M rows of class statistics, C classes, V condition width, n rows, S segments, D width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
+from fedsim.models.generators.report import FitReport
 from fedsim.types import ClassStats, PooledCovariance
 
 
@@ -31,6 +35,7 @@ class GeneratorSpec:
         ema: share of the moving average of the weights that samples are made with; None: 0, cgan 0.99.
         novelty_weight, novelty: weight and distance ("l2" or "cosine") of the penalty on draws too near to a training
             row; 0 leaves it out.
+        groups: class numbers that share a network, every class in one group; empty: one network for all.
     """
 
     seed: int
@@ -48,6 +53,7 @@ class GeneratorSpec:
     ema: float | None = None
     novelty_weight: float = 0.0
     novelty: str = "l2"
+    groups: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,3 +69,27 @@ class Evidence:
     stats: ClassStats
     condition: Tensor
     pooled: PooledCovariance | None = None
+
+    def take(self, rows: np.ndarray) -> Evidence:
+        """The same with some rows of the statistics only."""
+        return replace(self, stats=self.stats.take(rows))
+
+
+class Generator(Protocol):
+    """A model of audio embeddings given the prompt embedding of their class."""
+
+    def fit(self, known: Evidence, *, epochs: int, stream: np.random.Generator) -> FitReport:
+        """Train on class statistics: `epochs` passes of `rows_per_class` draws per class, all chance from `stream`."""
+        ...
+
+    def sample(self, condition: Tensor, n: int, *, stream: np.random.Generator) -> Tensor:
+        """N audio embeddings [n, S, D]; condition [n, V], one row per sample, or [1, V] for all of them."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resume needs, as tensors by name."""
+        ...
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take a state from `state()`."""
+        ...
