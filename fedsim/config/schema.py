@@ -283,6 +283,9 @@ class FedA2V(Section):
     generator_buffer_size: int = key(
         4096, "class statistics of earlier rounds kept for the generator", "(client, class) rows", ge=0
     )
+    generator_buffer_age: int | None = key(
+        None, "rounds after which class statistics leave the buffer (default: when it is full)", "rounds", ge=1
+    )
     statistics_rows: int = key(
         4096,
         "class statistics of a round that travel from a block and enter the server step; beyond, a sample by count",

@@ -102,7 +102,13 @@ class ServerStep:
         fresh = self._bounded(fresh, clock.round_number)
         # Earlier audio statistics hold as long as the encoder that made them doesn't change.
         frozen = self._config.model.audio_encoder.trainable == "none"
-        buffer = merge_buffer(buffer, fresh, capacity=settings.generator_buffer_size if frozen else 0)
+        buffer = merge_buffer(
+            buffer,
+            fresh,
+            capacity=settings.generator_buffer_size if frozen else 0,
+            round_number=clock.round_number,
+            max_age=settings.generator_buffer_age,
+        )
         stats, known = fresh.to(self._parts.device), buffer.to(self._parts.device)
         condition = self._conditions(stats)
         metrics: dict[str, float] = {}

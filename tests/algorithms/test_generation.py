@@ -52,6 +52,25 @@ def test_the_buffer_is_bounded_and_keeps_the_newest(capacity, kept):
     assert pairs(merged) == [(0, 0), *kept]
 
 
+@pytest.mark.parametrize(("age", "kept"), [(1, [(3, 3)]), (2, [(3, 3), (2, 2)]), (9, [(3, 3), (2, 2), (1, 1)])])
+def test_rows_leave_the_buffer_by_age(age, kept):
+    buffer = None
+    for number in (1, 2, 3):  # (0, 0) comes anew in every round
+        fresh = class_stats([(0, 0, 5), (number, number, 9)], seed=number)
+        buffer = merge_buffer(buffer, fresh, capacity=9, round_number=number, max_age=age)
+    fresh = class_stats([(0, 0, 5)], seed=4)
+    merged = merge_buffer(buffer, fresh, capacity=9, round_number=4, max_age=age)
+    assert pairs(merged) == [(0, 0), *kept]
+    assert merged.seen.tolist() == [4, *(label for _, label in kept)]
+    assert torch.equal(merged.audio_mean[0], fresh.audio_mean[0])
+    # A round without statistics doesn't merge; ages are counted in rounds all the same.
+    assert pairs(merge_buffer(buffer, fresh, capacity=9, round_number=5 + age, max_age=age)) == [(0, 0)]
+
+
+def test_without_a_limit_rows_carry_no_round():
+    assert merge_buffer(STATS, class_stats([(9, 1, 4)]), capacity=9, round_number=7).seen is None
+
+
 def test_a_buffer_that_is_empty_or_wholly_renewed_is_the_fresh_table():
     assert pairs(merge_buffer(None, STATS, capacity=5)) == pairs(STATS)
     assert pairs(merge_buffer(STATS, STATS, capacity=5)) == pairs(STATS)

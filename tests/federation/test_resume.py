@@ -33,6 +33,7 @@ VARIANTS = {
     "full": (*SERVER_STEP, "feda2v.generator_type=full"),
     "gaussian": (*SERVER_STEP, "feda2v.generator_type=gaussian"),
     "cof without variances": (*SERVER_STEP, "feda2v.generator_type=cof", "privacy.share_variances=false"),
+    "old statistics go": (*SERVER_STEP, "federation.cohort_size=3", "feda2v.generator_buffer_age=1"),
     "small cohort": (*SERVER_STEP, "federation.cohort_size=3"),
     "avg": (NO_STEP, "feda2v.adapter_aggregation_mode=avg"),
     "none": (NO_STEP, "feda2v.adapter_aggregation_mode=none", "federation.cohort_size=4"),
@@ -54,6 +55,8 @@ def state_of(server) -> dict[str, object]:
         numbers = {name: torch.from_numpy(getattr(buffer, name)) for name in ("client", "label", "count")}
         if buffer.sampled_count is not None:
             numbers["sampled_count"] = torch.from_numpy(buffer.sampled_count)
+        if buffer.seen is not None:
+            numbers["seen"] = torch.from_numpy(buffer.seen)
         tables["buffer"] = {"audio_mean": buffer.audio_mean, **buffer.output_mean, **numbers}
         if buffer.audio_var is not None:
             tables["buffer"]["audio_var"] = buffer.audio_var
