@@ -216,7 +216,7 @@ def test_a_round_that_failed_leaves_what_clients_keep_as_it_was(setup):
 
 
 def test_statistics_leave_the_buffer_by_age(setup):
-    options = (*SERVER_STEP, "federation.cohort_size=2", "experiment.seed=3")
+    options = (*SERVER_STEP, "federation.cohort_size=2", "experiment.seed=5")
     kept, _ = run(reconfigured(setup, *options), 4)
     young, _ = run(reconfigured(setup, *options, "feda2v.generator_buffer_age=1"), 4)
     assert kept.state.buffer.seen is None
