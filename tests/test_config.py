@@ -312,6 +312,7 @@ def test_all_problems_come_in_one_line() -> None:
         ),
         ({"feda2v": {"generator_class_groups": [["a"], ["b", "a"]]}}, ["generator_class_groups names 'a' twice"]),
         ({"feda2v": {"generator_class_groups": {"x": []}}}, ["generator_class_groups has a group without a class"]),
+        ({"feda2v": {"generator_growth": 0.5, "generator_type": "gan"}}, ["generator_growth is 0.5", "vae_plain"]),
         ({"data": {"name": "csv"}}, ["data.name is csv", "data.path"]),
         ({"data": {"classes": []}}, ["data.classes is an empty list"]),
         ({"data": {"classes": ["a", "a"]}}, ["data.classes names 'a' twice"]),

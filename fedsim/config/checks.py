@@ -11,6 +11,7 @@ from fedsim.config.schema import Config, Data, FedA2V, SearchRange
 from fedsim.errors import ConfigError
 
 GRANULAR = ("vae", "vae_plain", "gan", "cgan")
+VAES = ("vae", "vae_plain")
 DATASETS: tuple[str, ...] = get_args(Data.model_fields["name"].annotation)
 
 
@@ -31,6 +32,7 @@ def check_config(config: Config) -> list[str]:
     _check_server_optimizer(config)
     _check_client_generator(config)
     _check_granularity(config.feda2v)
+    _check_growth(config.feda2v)
     for name, searched in config.search.space.items():
         _check_range(name, searched)
     if config.data.name == "csv" and config.data.path is None:
@@ -177,6 +179,15 @@ def _check_granularity(settings: FedA2V) -> None:
     twice = sorted({name for name in grouped if grouped.count(name) > 1})
     if twice:
         raise ConfigError(f"feda2v.generator_class_groups names {twice[0]!r} twice; keep one")
+
+
+def _check_growth(settings: FedA2V) -> None:
+    """Only a latent vector of a VAE on the server grows."""
+    if settings.generator_growth is not None and settings.generator_type not in VAES:
+        raise ConfigError(
+            f"feda2v.generator_growth is {settings.generator_growth:g} but generator_type is "
+            f"{settings.generator_type}; it goes with {', '.join(VAES)}"
+        )
 
 
 def _check_range(name: str, searched: SearchRange) -> None:

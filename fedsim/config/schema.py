@@ -293,6 +293,13 @@ class FedA2V(Section):
         ge=1,
         le=1_000_000,
     )
+    generator_growth: float | None = key(
+        None,
+        "VAEs: share of the whole run over which the latent vector grows to its width, unit by unit (default: it is "
+        "whole from the start)",
+        gt=0,
+        le=1,
+    )
     beta_warmup: float = key(
         0.5, "VAEs: share of the whole run over which beta rises to 1", "share of all epochs", gt=0, le=1
     )

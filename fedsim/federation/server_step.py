@@ -244,6 +244,7 @@ def _make_generator(config: Config, class_names: tuple[str, ...]) -> Generator |
         ema=settings.generator_ema,
         novelty_weight=settings.novelty_weight,
         novelty=settings.novelty,
+        growth=settings.generator_growth,
         groups=_class_groups(settings, class_names),
     )
     default_rate = 1e-4 if settings.generator_type in ("gan", "cgan") else 0.1 * config.training.learning_rate

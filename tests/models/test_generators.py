@@ -25,6 +25,7 @@ LEARNT = ("vae", "vae_plain", "gan", "cgan")
 MODES = {
     "vae_plain per class": ("vae_plain", {"groups": ((0,), (1,), (2,))}),
     "vae per group": ("vae", {"groups": ((0, 2), (1,))}),
+    "vae growing": ("vae", {"growth": 0.5}),
     "cgan per class": ("cgan", {"groups": ((0,), (1,), (2,))}),
 }
 CASES = (*KINDS, *MODES)
@@ -148,6 +149,7 @@ def correlated(label: int) -> tuple[torch.Tensor, torch.Tensor]:
         ("gaussian", None, 0.1),
         pytest.param("vae", 0.15, 0.1, marks=pytest.mark.slow),
         pytest.param("vae_plain", 0.15, 0.1, marks=pytest.mark.slow),
+        pytest.param("vae growing", 0.15, 0.1, marks=pytest.mark.slow),
         # A third of the steps for each of three networks: 0.28.
         pytest.param("vae_plain per class", 0.35, 0.1, marks=pytest.mark.slow),
         pytest.param("gan", 0.4, 0.4, marks=pytest.mark.slow),
@@ -381,6 +383,44 @@ def test_beta_is_one_from_the_end_of_the_warm_up_on_over_several_fits(total, sha
             vae.load(state)
     assert betas == pytest.approx([min(1.0, (epoch + 1) / first) for epoch in range(total)])
     assert betas.index(1.0) + 1 == first
+
+
+@pytest.mark.parametrize("novelty", [0.0, 0.2])
+def test_a_growing_latent_enters_without_a_jump_and_reaches_its_width(novelty):
+    total, latent = 24, 6
+    spec = GeneratorSpec(
+        0, 16, latent, 3e-3, total_epochs=total, growth=0.5, beta_warmup=0.01, rows_per_class=32, novelty_weight=novelty
+    )
+    vae, stats, units = Vae(spec), federation(), []
+    x, v = torch.randn(200, S * D, generator=torch.Generator().manual_seed(0)), CONDITION[torch.arange(200) % C]
+    for epoch in range(total):
+        units.append(vae.units)
+        report = vae.fit(Evidence(stats, CONDITION), epochs=1, stream=rng(0, "fit", epoch))
+        assert report.metrics["latent_units"] == vae.units
+        if vae.units > units[-1]:  # the coming epoch has another unit
+            after = vae._loss_parts(x, x, v, rng(0, "z"))
+            drawn = vae._decode(vae._sampler(), v, rng(0, "prior"))
+            vae._epoch -= 1
+            before = vae._loss_parts(x, x, v, rng(0, "z"))
+            for name, part in after.items():
+                torch.testing.assert_close(part, before[name], atol=2e-3, rtol=0)
+            assert torch.equal(drawn, vae._decode(vae._sampler(), v, rng(0, "prior")))
+            vae._epoch += 1
+        if epoch % 5 == 4:  # a resume in between
+            state, vae = vae.state(), Vae(spec)
+            vae.load(state)
+    assert units == [math.ceil(latent * min(1, (epoch + 1) / 12)) for epoch in range(total)]
+    assert units.index(latent) + 1 == 11
+    mu, _ = vae._encode(x, v)
+    # Units that came late have learnt something too.
+    assert (vae.state()["network.decoder.0.weight"][:, :latent].norm(dim=0) > 0.05).all()
+    assert (mu.std(0) > 0.01).all()
+
+
+def test_without_growth_the_latent_is_whole_from_the_start():
+    assert Vae(SPEC).units == SPEC.latent_dim
+    names = (fitted("vae", epochs=2).state(), fitted("vae", epochs=2, spec=replace(SPEC, growth=0.001)).state())
+    assert all(torch.equal(names[0][name], names[1][name]) for name in names[0])
 
 
 def perceptron(state: dict, name: str, x: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ class GeneratorSpec:
         learning_rate: AdamW step size.
         batch_size: rows of a step.
         rows_per_class: training rows drawn per class and epoch.
-        total_epochs: epochs of the whole run, over which beta warms up.
+        total_epochs: epochs of the whole run, over which beta warms up and z grows.
         beta_warmup: share of `total_epochs` after which beta is 1.
         loss_scaling: "calibrated" or "legacy".
         rows: what learnt kinds are trained on: "means", "moments" or "lowrank"; see `rows.training_source`.
@@ -35,6 +35,7 @@ class GeneratorSpec:
         ema: share of the moving average of the weights that samples are made with; None: 0, cgan 0.99.
         novelty_weight, novelty: weight and distance ("l2" or "cosine") of the penalty on draws too near to a training
             row; 0 leaves it out.
+        growth: share of `total_epochs` over which a VAE's z grows to `latent_dim`; None: it is whole from the start.
         groups: class numbers that share a network, every class in one group; empty: one network for all.
     """
 
@@ -53,6 +54,7 @@ class GeneratorSpec:
     ema: float | None = None
     novelty_weight: float = 0.0
     novelty: str = "l2"
+    growth: float | None = None
     groups: tuple[tuple[int, ...], ...] = ()
 
 

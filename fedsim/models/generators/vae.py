@@ -13,8 +13,10 @@ x is a standardised audio embedding of N = S * D numbers, v the prompt embedding
 epochs of the *whole run*, by a counter that is part of the state. Samples keep the decoder's residual variance: it
 is half of the spread where the latent explains only the rest.
 
-Two options, both off: samples from a moving average of the decoder's weights (`networks.Average`), and a bounded
-penalty on decoded draws from the prior that come too near to a training row (`novelty`).
+Options, all off: samples from a moving average of the decoder's weights (`networks.Average`), a bounded penalty on
+decoded draws from the prior that come too near to a training row (`novelty`), and growth: z begins with few of its
+units and gets the others one by one, over a share of the epochs of the whole run. A unit enters without a jump of the
+loss: the decoder's weights on it are zero, and the encoder's are a hundredth, so its posterior is all but the prior.
 
 Deviations from the original: standardised input and linear output instead of Tanh; a condition per row.
 """
@@ -56,6 +58,8 @@ from fedsim.seeding import normal, rng
 
 log = logging.getLogger(__name__)
 INPUT_NOISE = 0.1
+LATE = 0.01
+"""What is left of the encoder's first weights on units that come later."""
 
 
 class Vae:
@@ -69,6 +73,7 @@ class Vae:
         self._spec = spec
         self._warmup_epochs = max(1, math.ceil(spec.beta_warmup * spec.total_epochs))
         self._calibrated = spec.loss_scaling == "calibrated"
+        self._growth_epochs = max(1, math.ceil((spec.growth or 0.0) * spec.total_epochs))
         self._epoch = 0
         self._shape: tuple[int, int, int] | None = None
 
@@ -76,6 +81,17 @@ class Vae:
     def beta(self) -> float:
         """Weight of the KL term in the coming epoch: min(1, (t + 1) / warm-up epochs)."""
         return min(1.0, (self._epoch + 1) / self._warmup_epochs)
+
+    @property
+    def units(self) -> int:
+        """Units of z in the coming epoch: ceil(all of them * min(1, (t + 1) / growth epochs))."""
+        latent, share = self._spec.latent_dim, min(1.0, (self._epoch + 1) / self._growth_epochs)
+        return min(latent, math.ceil(latent * share))
+
+    def _in_use(self, x: Tensor) -> Tensor:
+        """Values of all units [n, Z], zero where a unit isn't in use yet."""
+        units = self.units
+        return x if units == x.shape[1] else functional.pad(x[:, :units], (0, x.shape[1] - units))
 
     def _build(self, segments: int, dim: int, condition_dim: int, device: torch.device) -> tuple[int, int, int]:
         size, seed, hidden, latent = segments * dim, self._spec.seed, self._spec.hidden_dim, self._spec.latent_dim
@@ -87,6 +103,10 @@ class Vae:
             [latent + condition_dim, hidden, hidden, size],
             rng(seed, "generator-init", "decoder"),
         )
+        if self.units < latent:
+            with torch.no_grad():
+                decoder[0].get_parameter("weight")[:, self.units : latent] = 0.0
+                encoder[-1].get_parameter("weight").view(2, latent, hidden)[:, self.units :] *= LATE
         self._network = nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(device)
         self._average = Average(self._network["decoder"], self._spec.ema) if self._spec.ema else None
         self._optimizer = AdamW(self._network.parameters(), self._spec.learning_rate, (0.9, 0.999))
@@ -142,17 +162,17 @@ class Vae:
 
     def _decode(self, decoder: nn.Module, v: Tensor, stream: np.random.Generator) -> Tensor:
         """Decoded draws from the prior [n, S * D]."""
-        z = normal(stream, len(v), self._spec.latent_dim).to(v.device)
+        z = self._in_use(normal(stream, len(v), self._spec.latent_dim).to(v.device))
         decoded: Tensor = decoder(torch.cat([z, v], 1))
         return decoded
 
     def _loss_parts(self, x: Tensor, noisy: Tensor, v: Tensor, stream: np.random.Generator) -> dict[str, Tensor]:
         """Weighted parts of the loss of every row: name -> [n]."""
         mu, log_variance = self._encode(noisy, v)
-        z = mu + (0.5 * log_variance).exp() * normal(stream, *mu.shape).to(x.device)
+        z = self._in_use(mu + (0.5 * log_variance).exp() * normal(stream, *mu.shape).to(x.device))
         decoded = self._network["decoder"](torch.cat([z, v], 1))
         squared = (decoded - x).square().mean(1)
-        kl = 0.5 * (mu.square() + log_variance.exp() - 1 - log_variance).sum(1)
+        kl = 0.5 * self._in_use(mu.square() + log_variance.exp() - 1 - log_variance).sum(1)
         segments = self._standard.mean.shape[0]
         unlike = 1 - functional.cosine_similarity(
             decoded.view(len(x), segments, -1), x.view(len(x), segments, -1), dim=-1
@@ -168,15 +188,16 @@ class Vae:
     def _measure(self, x: Tensor, v: Tensor, stream: np.random.Generator) -> dict[str, float]:
         """Residual variance for sampling, and signs of posterior collapse."""
         mu, log_variance = self._encode(x, v)
-        z = mu + (0.5 * log_variance).exp() * normal(stream, *mu.shape).to(x.device)
+        z = self._in_use(mu + (0.5 * log_variance).exp() * normal(stream, *mu.shape).to(x.device))
         self._residual = (self._sampler()(torch.cat([z, v], 1)) - x).square().mean(0)
-        kl = 0.5 * (mu.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
+        kl = 0.5 * self._in_use(mu.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
         active = int((mu.var(0, unbiased=False) > 0.01).sum())
         if active == 0:
             log.warning(
                 "the VAE has collapsed: no latent unit is active (KL %.3g nats); it repeats class means", float(kl)
             )
-        return {
+        grown = {} if self._spec.growth is None else {"latent_units": float(self.units)}
+        return grown | {
             "kl": float(kl),
             "active_units": float(active),
             "beta": self.beta,
