@@ -87,6 +87,7 @@ class ClassStats:
         threshold: the highest priority among the rows that a bounded sample left out (see `algorithms.row_sample`);
             0: no row was left out.
         sampled_count: recordings that the row stands for [M], float64, once a bounded sample is settled; None: its own.
+        seen: round in which the row came [M], where old rows are to be told from new ones; else None.
     """
 
     client: np.ndarray
@@ -97,6 +98,7 @@ class ClassStats:
     output_mean: Mapping[str, Tensor]
     threshold: float = 0.0
     sampled_count: np.ndarray | None = None
+    seen: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.client)
@@ -127,6 +129,7 @@ class ClassStats:
             audio_var=None if self.audio_var is None else self.audio_var[index],
             output_mean={head: mean[index] for head, mean in self.output_mean.items()},
             sampled_count=None if self.sampled_count is None else self.sampled_count[rows],
+            seen=None if self.seen is None else self.seen[rows],
         )
 
 
@@ -149,6 +152,7 @@ def join_stats(tables: list[ClassStats]) -> ClassStats:
     if not tables:
         raise ValueError("no tables of class statistics to concatenate")
     variances = [table.audio_var for table in tables if table.audio_var is not None]
+    seen = [table.seen for table in tables if table.seen is not None]
     heads = [head for head in tables[0].output_mean if all(head in table.output_mean for table in tables)]
     return ClassStats(
         client=np.concatenate([table.client for table in tables]),
@@ -159,6 +163,7 @@ def join_stats(tables: list[ClassStats]) -> ClassStats:
         output_mean={head: torch.cat([table.output_mean[head] for table in tables]) for head in heads},
         threshold=max(table.threshold for table in tables),
         sampled_count=_join_weights(tables),
+        seen=np.concatenate(seen) if len(seen) == len(tables) else None,
     )
 
 

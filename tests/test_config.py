@@ -302,6 +302,17 @@ def test_all_problems_come_in_one_line() -> None:
             },
             ["generator_type is residual_vae", "trainable is 'all'", "lowrank"],
         ),
+        (
+            {"feda2v": {"generator_granularity": "per_class", "generator_type": "lowrank"}},
+            ["generator_granularity is per_class", "generator_type is lowrank", "vae, vae_plain, gan, cgan"],
+        ),
+        (
+            {"feda2v": {"generator_granularity": "per_group", "generator_type": "vae"}},
+            ["generator_class_groups must list"],
+        ),
+        ({"feda2v": {"generator_class_groups": [["a"], ["b", "a"]]}}, ["generator_class_groups names 'a' twice"]),
+        ({"feda2v": {"generator_class_groups": {"x": []}}}, ["generator_class_groups has a group without a class"]),
+        ({"feda2v": {"generator_growth": 0.5, "generator_type": "gan"}}, ["generator_growth is 0.5", "vae_plain"]),
         ({"data": {"name": "csv"}}, ["data.name is csv", "data.path"]),
         ({"data": {"classes": []}}, ["data.classes is an empty list"]),
         ({"data": {"classes": ["a", "a"]}}, ["data.classes names 'a' twice"]),
@@ -404,7 +415,7 @@ def test_explain_a_key() -> None:
     ):
         assert part in text
     assert "section: federation" in text
-    assert "replay, gaussian, cof, lowrank, full, residual_vae, vae, gan, cgan" in explain("feda2v.generator_type")
+    assert "residual_vae, vae, vae_plain, gan, cgan" in explain("feda2v.generator_type")
     assert explain("nodes.3.dataset") == explain("nodes.<id>.dataset")
     assert explain("search.space.training.learning_rate.low") == explain("search.space.<key>.low")
 

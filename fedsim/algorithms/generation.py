@@ -23,20 +23,31 @@ NO_STATISTICS = (
 )
 
 
-def merge_buffer(buffer: ClassStats | None, fresh: ClassStats, *, capacity: int) -> ClassStats:
+def merge_buffer(
+    buffer: ClassStats | None,
+    fresh: ClassStats,
+    *,
+    capacity: int,
+    round_number: int = 0,
+    max_age: int | None = None,
+) -> ClassStats:
     """The newest audio statistics of every (client, class), newest rounds first; adapter outputs are not kept.
 
     Args:
         buffer: statistics of earlier rounds, or None.
         fresh: this round's.
         capacity: rows of earlier rounds that are kept; the oldest go first.
+        round_number: this round.
+        max_age: rounds for which a row is kept after the one in which it came; None: as long as there is room.
     """
-    fresh = replace(fresh, output_mean={})
+    seen = None if max_age is None else np.full(len(fresh), round_number, dtype=np.int64)
+    fresh = replace(fresh, output_mean={}, seen=seen)
     if buffer is None or capacity == 0:
         return fresh
     num_labels = 1 + max(int(table.label.max(initial=0)) for table in (fresh, buffer))
     new, known = (table.client.astype(np.int64) * num_labels + table.label for table in (fresh, buffer))
-    old = np.flatnonzero(~np.isin(known, new))[:capacity]
+    young = True if max_age is None or buffer.seen is None else buffer.seen >= round_number - max_age
+    old = np.flatnonzero(~np.isin(known, new) & young)[:capacity]
     # The large tensors are written once, into their place; a join of two tables would copy the old rows twice.
     newer, older = (replace(table, audio_mean=table.audio_mean[:, :0], audio_var=None) for table in (fresh, buffer))
     one, other = fresh.audio_var, buffer.audio_var

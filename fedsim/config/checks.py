@@ -10,6 +10,8 @@ from fedsim.config.keys import find_key, suggestion
 from fedsim.config.schema import Config, Data, FedA2V, SearchRange
 from fedsim.errors import ConfigError
 
+GRANULAR = ("vae", "vae_plain", "gan", "cgan")
+VAES = ("vae", "vae_plain")
 DATASETS: tuple[str, ...] = get_args(Data.model_fields["name"].annotation)
 
 
@@ -29,6 +31,8 @@ def check_config(config: Config) -> list[str]:
     _check_local_epochs(config)
     _check_server_optimizer(config)
     _check_client_generator(config)
+    _check_granularity(config.feda2v)
+    _check_growth(config.feda2v)
     for name, searched in config.search.space.items():
         _check_range(name, searched)
     if config.data.name == "csv" and config.data.path is None:
@@ -157,6 +161,35 @@ def _check_client_generator(config: Config) -> None:
         )
 
 
+def _check_granularity(settings: FedA2V) -> None:
+    """Networks per class or group, where there are networks that the server trains."""
+    granularity, kind, groups = settings.generator_granularity, settings.generator_type, settings.generator_class_groups
+    if granularity != "unified" and kind not in GRANULAR:
+        raise ConfigError(
+            f"feda2v.generator_granularity is {granularity} but generator_type is {kind}, which has no networks to "
+            f"share out; it goes with {', '.join(GRANULAR)}"
+        )
+    if granularity == "per_group" and not groups:
+        raise ConfigError(
+            "feda2v.generator_granularity is per_group, so generator_class_groups must list the classes of every group"
+        )
+    if not all((groups or {}).values()):
+        raise ConfigError("feda2v.generator_class_groups has a group without a class; leave it out")
+    grouped = [name for names in (groups or {}).values() for name in names]
+    twice = sorted({name for name in grouped if grouped.count(name) > 1})
+    if twice:
+        raise ConfigError(f"feda2v.generator_class_groups names {twice[0]!r} twice; keep one")
+
+
+def _check_growth(settings: FedA2V) -> None:
+    """Only a latent vector of a VAE on the server grows."""
+    if settings.generator_growth is not None and settings.generator_type not in VAES:
+        raise ConfigError(
+            f"feda2v.generator_growth is {settings.generator_growth:g} but generator_type is "
+            f"{settings.generator_type}; it goes with {', '.join(VAES)}"
+        )
+
+
 def _check_range(name: str, searched: SearchRange) -> None:
     """One searched key: it exists, and its range or choices hold something."""
     key = find_key(name)
@@ -189,6 +222,10 @@ def _warnings(config: Config) -> list[str]:
             "feda2v.use_generator is true but global_model_train is false: the generator is neither trained nor used"
         )
     settings = config.feda2v
+    if settings.generator_class_groups and settings.generator_granularity != "per_group":
+        found.append(
+            f"feda2v.generator_class_groups has no effect: generator_granularity is {settings.generator_granularity}"
+        )
     if "text_anchor" in settings.model_fields_set and not settings.global_model_train_from_nodes_adapters:
         found.append(
             "feda2v.text_anchor has no effect: global_model_train_from_nodes_adapters is false, so refinement trains "

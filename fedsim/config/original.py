@@ -72,8 +72,7 @@ LEGACY = frozenset(
             "generate_from_clip_text_embeddings generate_from_t5_text_embeddings generate_embeddings_only "
             "embeddings_checkpoint_dir store_audio_embeddings audio_embedding_file_name "
             # generator
-            "generator_training_mode generator_only_mode use_pretrained_generators use_conditioned_vae "
-            "generator_granularity generator_class_groups shared_generator_in_only_mode "
+            "generator_training_mode generator_only_mode use_pretrained_generators shared_generator_in_only_mode "
             "reset_generator_on_class_change generator_output_sequence_length use_learned_upsampling "
             "generator_augmentation generator_augmentation_noise generator_validation_frequency "
             "generator_save_checkpoint generator_load_checkpoint generator_checkpoint_frequency "
@@ -136,6 +135,10 @@ def translate(values: Values) -> tuple[Values, list[str]]:
         notes.append(
             f"experiment.seed is -1 (unseeded in the original): {DEFAULT_SEED} is used, so the run can be repeated"
         )
+    if isinstance(feda2v, dict):
+        plain = feda2v.pop("use_conditioned_vae", True) is False
+        if plain and feda2v.get("generator_type") == "vae":
+            feda2v["generator_type"] = "vae_plain"
     if isinstance(feda2v, dict) and feda2v.get("synthetic_samples_per_class") == "auto":
         del feda2v["synthetic_samples_per_class"]
     if dropped:

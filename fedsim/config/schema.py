@@ -227,12 +227,18 @@ class FedA2V(Section):
         1e-3, "adam, yogi of server_optimizer: tau, added to the root of the second moment", gt=0
     )
     use_generator: bool = key(False, "build and train the generator, and refine with its samples")
-    generator_type: Literal["replay", "gaussian", "cof", "lowrank", "full", "residual_vae", "vae", "gan", "cgan"] = key(
-        "lowrank", "kind of generator"
+    generator_type: Literal[
+        "replay", "gaussian", "cof", "lowrank", "full", "residual_vae", "vae", "vae_plain", "gan", "cgan"
+    ] = key("lowrank", "kind of generator; learnt kinds, which the server trains: vae, vae_plain, gan, cgan")
+    generator_granularity: Literal["unified", "per_class", "per_group"] = key(
+        "unified", "learnt kinds: one network for all classes, one per class, or one per class group"
+    )
+    generator_class_groups: dict[str, list[str]] | None = key(
+        None, "generator_granularity per_group: class names by group, each class in one; a list of lists will do too"
     )
     generator_rows: Literal["means", "moments", "lowrank"] = key(
         "lowrank",
-        "vae, gan, cgan: what they are trained on: the clients' class means; draws with the variances that clients "
+        "learnt kinds: what they are trained on: the clients' class means; draws with the variances that clients "
         "send; draws with the pooled within-class covariance",
     )
     generator_rank: int = key(
@@ -253,8 +259,8 @@ class FedA2V(Section):
     generator_rows_per_class: int = key(
         64, "training rows drawn per class and generator epoch", "rows", ge=1, le=1_000_000
     )
-    generator_hidden_dim: int = key(512, "vae, gan, cgan: width of the two hidden layers", ge=1, le=65_536)
-    generator_latent_dim: int = key(256, "vae, gan, cgan: width of the latent vector", ge=1, le=65_536)
+    generator_hidden_dim: int = key(512, "learnt kinds: width of the two hidden layers", ge=1, le=65_536)
+    generator_latent_dim: int = key(256, "learnt kinds: width of the latent vector", ge=1, le=65_536)
     discriminator: Literal["spectral", "r1"] = key(
         "spectral", "cgan: what holds the discriminator back: spectral norm, or a penalty on its slope at real rows"
     )
@@ -263,17 +269,22 @@ class FedA2V(Section):
     )
     generator_ema: float | None = key(
         None,
-        "vae, gan, cgan: share of the moving average of the weights that samples are made with, 0 is off "
+        "learnt kinds: share of the moving average of the weights that samples are made with, 0 is off "
         "(default: 0, cgan 0.99)",
         ge=0,
         lt=1,
     )
     novelty_weight: float = key(
-        0.0, "vae, gan, cgan: weight of the penalty (0 to 1) on draws too near to a training row of their class", ge=0
+        0.0,
+        "learnt kinds: weight of the penalty (0 to 1) on draws too near to a training row of their class",
+        ge=0,
     )
     novelty: Literal["l2", "cosine"] = key("l2", "novelty_weight: how near is measured")
     generator_buffer_size: int = key(
         4096, "class statistics of earlier rounds kept for the generator", "(client, class) rows", ge=0
+    )
+    generator_buffer_age: int | None = key(
+        None, "rounds after which class statistics leave the buffer (default: when it is full)", "rounds", ge=1
     )
     statistics_rows: int = key(
         4096,
@@ -282,11 +293,18 @@ class FedA2V(Section):
         ge=1,
         le=1_000_000,
     )
+    generator_growth: float | None = key(
+        None,
+        "VAEs: share of the whole run over which the latent vector grows to its width, unit by unit (default: it is "
+        "whole from the start)",
+        gt=0,
+        le=1,
+    )
     beta_warmup: float = key(
-        0.5, "vae: share of the whole run over which beta rises to 1", "share of all epochs", gt=0, le=1
+        0.5, "VAEs: share of the whole run over which beta rises to 1", "share of all epochs", gt=0, le=1
     )
     loss_scaling: Literal["calibrated", "legacy"] = key(
-        "calibrated", "vae: all parts on one scale, or the literal mean-MSE + beta KL + 0.1 similarity"
+        "calibrated", "VAEs: all parts on one scale, or the literal mean-MSE + beta KL + 0.1 similarity"
     )
     synthetic_samples_per_class: int = key(
         5, "synthetic rows per class in a refinement epoch", "rows", ge=1, le=1_000_000
@@ -299,6 +317,11 @@ class FedA2V(Section):
         None, "learning rate of the refinement (default: 0.5 x training.learning_rate)", gt=0
     )
     refine_batch_size: int = key(32, "rows of a refinement step", "rows", ge=1)
+
+    @field_validator("generator_class_groups", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {str(number): names for number, names in enumerate(value)} if isinstance(value, list) else value
 
 
 class Privacy(Section):

@@ -118,6 +118,8 @@ def _tables(state: ServerState) -> dict[str, dict[str, Tensor]]:
             tables["buffer"]["audio_var"] = state.buffer.audio_var
         if state.buffer.sampled_count is not None:
             tables["buffer"]["sampled_count"] = torch.from_numpy(state.buffer.sampled_count)
+        if state.buffer.seen is not None:
+            tables["buffer"]["seen"] = torch.from_numpy(state.buffer.seen)
     if (pooled := state.learnt.pooled) is not None:
         freedom = torch.tensor(pooled.freedom, dtype=torch.float64)
         tables["pooled"] = {"factor": pooled.factor, "residual": pooled.residual, "freedom": freedom}
@@ -239,8 +241,9 @@ def _from_tables(round_number: int, tables: Mapping[str, dict[str, Tensor]]) -> 
         heads = {name[len("output_mean.") :]: t for name, t in table.items() if name.startswith("output_mean.")}
         client, label, count = (table[name].numpy() for name in ("client", "label", "count"))
         sampled = table["sampled_count"].numpy() if "sampled_count" in table else None
+        seen = table["seen"].numpy() if "seen" in table else None
         mean, variance = table["audio_mean"], table.get("audio_var")
-        buffer = ClassStats(client, label, count, mean, variance, heads, sampled_count=sampled)
+        buffer = ClassStats(client, label, count, mean, variance, heads, sampled_count=sampled, seen=seen)
     clients = _index_of(tables[CLIENTS]) if CLIENTS in tables else ClientIndex()
     pooled = None
     if "pooled" in tables:

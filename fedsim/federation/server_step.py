@@ -23,11 +23,12 @@ from fedsim.algorithms.generation import (
 )
 from fedsim.algorithms.refinement import Refined, Refinement, refine
 from fedsim.algorithms.row_sample import sample_rows, settle_counts
-from fedsim.config.schema import Config
+from fedsim.config.schema import Config, FedA2V
 from fedsim.federation.clock import RoundClock
 from fedsim.federation.parts import Parts, adapter_part
 from fedsim.federation.setup import Setup
-from fedsim.models.generators import FitReport, Generator, GeneratorSpec, make_generator
+from fedsim.models.generators import Evidence, FitReport, Generator, GeneratorSpec, make_generator
+from fedsim.models.generators.granular import class_groups
 from fedsim.models.generators.residual_vae import ResidualVae
 from fedsim.seeding import rng
 from fedsim.types import AdapterState, ClassStats, Learnt
@@ -55,7 +56,7 @@ class ServerStep:
 
     def __init__(self, setup: Setup, parts: Parts, generator_state: Mapping[str, Tensor]) -> None:
         self._parts, self._config, self._class_names = parts, setup.config, setup.class_names
-        self._generator = _make_generator(setup.config)
+        self._generator = _make_generator(setup.config, setup.class_names)
         self._condition: Tensor | None = None
         if self._generator is not None:
             self._generator.load({name: tensor.to(parts.device) for name, tensor in generator_state.items()})
@@ -101,7 +102,13 @@ class ServerStep:
         fresh = self._bounded(fresh, clock.round_number)
         # Earlier audio statistics hold as long as the encoder that made them doesn't change.
         frozen = self._config.model.audio_encoder.trainable == "none"
-        buffer = merge_buffer(buffer, fresh, capacity=settings.generator_buffer_size if frozen else 0)
+        buffer = merge_buffer(
+            buffer,
+            fresh,
+            capacity=settings.generator_buffer_size if frozen else 0,
+            round_number=clock.round_number,
+            max_age=settings.generator_buffer_age,
+        )
         stats, known = fresh.to(self._parts.device), buffer.to(self._parts.device)
         condition = self._conditions(stats)
         metrics: dict[str, float] = {}
@@ -141,11 +148,9 @@ class ServerStep:
         if isinstance(generator, ResidualVae):
             generator.take(learnt.network, learnt.deviation)
         report = generator.fit(
-            known,
-            condition,
+            Evidence(known, condition, learnt.pooled and learnt.pooled.to(self._parts.device)),
             epochs=generator_epochs(self._config),
             stream=rng(self._config.experiment.seed, "generator", round_number),
-            pooled=learnt.pooled and learnt.pooled.to(self._parts.device),
         )
         for epoch in report.epochs:
             for line in describe_epoch(settings.generator_type, self._class_names, epoch):
@@ -220,7 +225,7 @@ def generator_epochs(config: Config) -> int:
     return config.feda2v.generator_epochs or config.feda2v.global_model_train_epochs
 
 
-def _make_generator(config: Config) -> Generator | None:
+def _make_generator(config: Config, class_names: tuple[str, ...]) -> Generator | None:
     settings = config.feda2v
     if not (settings.use_generator and settings.global_model_train):
         return None
@@ -239,7 +244,17 @@ def _make_generator(config: Config) -> Generator | None:
         ema=settings.generator_ema,
         novelty_weight=settings.novelty_weight,
         novelty=settings.novelty,
+        growth=settings.generator_growth,
+        groups=_class_groups(settings, class_names),
     )
     default_rate = 1e-4 if settings.generator_type in ("gan", "cgan") else 0.1 * config.training.learning_rate
     rate = settings.generator_learning_rate or default_rate
     return make_generator(settings.generator_type, replace(spec, learning_rate=rate))
+
+
+def _class_groups(settings: FedA2V, class_names: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    """Class numbers that share a network; none where all do."""
+    if settings.generator_granularity == "per_class":
+        return tuple((label,) for label in range(len(class_names)))
+    per_group = settings.generator_granularity == "per_group"
+    return class_groups(settings.generator_class_groups or {}, class_names) if per_group else ()

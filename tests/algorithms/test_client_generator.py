@@ -12,6 +12,7 @@ from fedsim.algorithms.aggregation import tree_sum
 from fedsim.algorithms.batches import ClientRows
 from fedsim.algorithms.client_generator import PREFIX, WEIGHT, ClientGenerators, averaged, residuals
 from fedsim.models.adapters import stack
+from fedsim.models.generators import Evidence
 from fedsim.models.generators.residual_vae import ResidualVae, decode, init, loss_rows
 from fedsim.seeding import rng
 from fedsim.types import ClassStats, PooledCovariance
@@ -189,7 +190,7 @@ def test_clients_together_learn_the_spread_within_classes():
     chosen, _ = residuals(data, x, torch.ones(SIZE), min_count=2)
     covariance = torch.cov(chosen.inputs[chosen.rows].T)
     pooled = PooledCovariance(torch.zeros(SIZE, 1), covariance.diagonal(), 500.0)
-    generator.fit(stats, torch.ones(1, 2), epochs=1, stream=rng(0, "x"), pooled=pooled)
+    generator.fit(Evidence(stats, torch.ones(1, 2), pooled), epochs=1, stream=rng(0, "x"))
     made = generator.sample(torch.ones(1, 2), 20_000, stream=rng(0, "y")).flatten(1)
     assert (torch.cov(made.T) - covariance).norm() < 0.15 * covariance.norm()
     assert float(made.mean(0).norm() / covariance.trace().sqrt()) < 0.1

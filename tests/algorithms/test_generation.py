@@ -18,7 +18,7 @@ from fedsim.algorithms.generation import (
 )
 from fedsim.algorithms.objective import make_objective
 from fedsim.algorithms.refinement import real_rows
-from fedsim.models.generators import GeneratorSpec, make_generator
+from fedsim.models.generators import Evidence, GeneratorSpec, make_generator
 from fedsim.models.generators.rows import class_shares, moments, pick_rows
 from fedsim.seeding import rng
 from fedsim.types import ClassStats
@@ -50,6 +50,25 @@ def test_the_buffer_is_bounded_and_keeps_the_newest(capacity, kept):
         buffer = merge_buffer(buffer, class_stats([row], seed=1), capacity=9)
     merged = merge_buffer(buffer, class_stats([(0, 0, 1)]), capacity=capacity)
     assert pairs(merged) == [(0, 0), *kept]
+
+
+@pytest.mark.parametrize(("age", "kept"), [(1, [(3, 3)]), (2, [(3, 3), (2, 2)]), (9, [(3, 3), (2, 2), (1, 1)])])
+def test_rows_leave_the_buffer_by_age(age, kept):
+    buffer = None
+    for number in (1, 2, 3):  # (0, 0) comes anew in every round
+        fresh = class_stats([(0, 0, 5), (number, number, 9)], seed=number)
+        buffer = merge_buffer(buffer, fresh, capacity=9, round_number=number, max_age=age)
+    fresh = class_stats([(0, 0, 5)], seed=4)
+    merged = merge_buffer(buffer, fresh, capacity=9, round_number=4, max_age=age)
+    assert pairs(merged) == [(0, 0), *kept]
+    assert merged.seen.tolist() == [4, *(label for _, label in kept)]
+    assert torch.equal(merged.audio_mean[0], fresh.audio_mean[0])
+    # A round without statistics doesn't merge; ages are counted in rounds all the same.
+    assert pairs(merge_buffer(buffer, fresh, capacity=9, round_number=5 + age, max_age=age)) == [(0, 0)]
+
+
+def test_without_a_limit_rows_carry_no_round():
+    assert merge_buffer(STATS, class_stats([(9, 1, 4)]), capacity=9, round_number=7).seen is None
 
 
 def test_a_buffer_that_is_empty_or_wholly_renewed_is_the_fresh_table():
@@ -111,7 +130,7 @@ def test_synthetic_rows_are_as_many_as_asked_for_every_class_with_statistics(kin
     generator = make_generator(kind, GeneratorSpec(seed=0, hidden_dim=8, latent_dim=2, rows_per_class=4))
     _, objective, _ = world()
     condition = conditions(objective, STATS, from_nodes=True)
-    generator.fit(STATS, condition, epochs=1, stream=rng(0, "fit"))
+    generator.fit(Evidence(STATS, condition), epochs=1, stream=rng(0, "fit"))
     labels, rows = draw_synthetic(generator, STATS, condition, per_class=3, stream=rng(0, "draw"))
     assert labels.tolist() == [0, 0, 0, 2, 2, 2]
     assert rows.shape == (6, S, D)
@@ -128,7 +147,7 @@ def test_samples_stay_non_negative_where_the_encoder_is(positive):
     stats = ClassStats(np.arange(2), np.array([0, 1]), np.array([5, 5]), mean, torch.ones(2, S, D), {})
     generator = make_generator("gaussian", GeneratorSpec(seed=0))
     condition = torch.eye(2)
-    generator.fit(stats, condition, epochs=1, stream=rng(0, "fit"))
+    generator.fit(Evidence(stats, condition), epochs=1, stream=rng(0, "fit"))
     _, rows = draw_synthetic(generator, stats, condition, per_class=9, stream=rng(0, "draw"))
     assert bool((rows >= 0).all()) == positive
 

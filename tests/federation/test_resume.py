@@ -27,11 +27,14 @@ VARIANTS = {
     "gan": (*SERVER_STEP, "feda2v.generator_type=gan", "feda2v.generator_rows=means"),
     "cgan": (*SERVER_STEP, "feda2v.generator_type=cgan"),
     "vae averaged and novel": (*SERVER_STEP, "feda2v.generator_ema=0.9", "feda2v.novelty_weight=0.1"),
+    "vae_plain per class": (*SERVER_STEP, "feda2v.generator_type=vae_plain", "feda2v.generator_granularity=per_class"),
+    "vae growing": (*SERVER_STEP, "feda2v.generator_growth=1.0"),
     "lowrank": (*SERVER_STEP, "feda2v.generator_type=lowrank"),
     "residual vae": (*SERVER_STEP, "feda2v.generator_type=residual_vae", "feda2v.generator_latent_dim=4"),
     "full": (*SERVER_STEP, "feda2v.generator_type=full"),
     "gaussian": (*SERVER_STEP, "feda2v.generator_type=gaussian"),
     "cof without variances": (*SERVER_STEP, "feda2v.generator_type=cof", "privacy.share_variances=false"),
+    "old statistics go": (*SERVER_STEP, "federation.cohort_size=3", "feda2v.generator_buffer_age=1"),
     "small cohort": (*SERVER_STEP, "federation.cohort_size=3"),
     "avg": (NO_STEP, "feda2v.adapter_aggregation_mode=avg"),
     "none": (NO_STEP, "feda2v.adapter_aggregation_mode=none", "federation.cohort_size=4"),
@@ -53,6 +56,8 @@ def state_of(server) -> dict[str, object]:
         numbers = {name: torch.from_numpy(getattr(buffer, name)) for name in ("client", "label", "count")}
         if buffer.sampled_count is not None:
             numbers["sampled_count"] = torch.from_numpy(buffer.sampled_count)
+        if buffer.seen is not None:
+            numbers["seen"] = torch.from_numpy(buffer.seen)
         tables["buffer"] = {"audio_mean": buffer.audio_mean, **buffer.output_mean, **numbers}
         if buffer.audio_var is not None:
             tables["buffer"]["audio_var"] = buffer.audio_var

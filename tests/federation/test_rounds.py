@@ -215,6 +215,23 @@ def test_a_round_that_failed_leaves_what_clients_keep_as_it_was(setup):
     assert kept_of(server) == kept_of(whole)
 
 
+def test_statistics_leave_the_buffer_by_age(setup):
+    options = (*SERVER_STEP, "federation.cohort_size=2", "experiment.seed=5")
+    kept, _ = run(reconfigured(setup, *options), 4)
+    young, _ = run(reconfigured(setup, *options, "feda2v.generator_buffer_age=1"), 4)
+    assert kept.state.buffer.seen is None
+    assert set(young.state.buffer.seen.tolist()) == {3, 4}
+    assert len(young.state.buffer) < len(kept.state.buffer)
+    # As long as nothing is too old, nothing changes.
+    long = run(reconfigured(setup, *options, "feda2v.generator_buffer_age=4"), 4)[0]
+    assert digest(long.state.adapter) == digest(kept.state.adapter)
+    sizes = {
+        digest_after(reconfigured(setup, *options, "feda2v.generator_buffer_age=1", f"resources.block_size={size}"), 4)
+        for size in (1, 2, 8)
+    }
+    assert sizes == {digest(young.state.adapter)}
+
+
 def test_a_bounded_sample_of_statistics_does_not_depend_on_order_or_blocks(setup):
     options = (*SERVER_STEP, "feda2v.statistics_rows=3")
     bounded = reconfigured(setup, *options)
@@ -289,7 +306,7 @@ def test_none_with_a_server_step_trains_the_global_adapter_alone(setup):
     assert kept_of(server) == kept_of(plain)
 
 
-@pytest.mark.parametrize("kind", ["replay", "gaussian", "cof", "vae", "gan", "cgan"])
+@pytest.mark.parametrize("kind", ["replay", "gaussian", "cof", "vae", "vae_plain", "gan", "cgan"])
 def test_every_generator_reaches_the_adapters(setup, kind):
     with_it, without = (
         run(reconfigured(setup, *SERVER_STEP, f"feda2v.generator_type={kind}", f"feda2v.use_generator={use}"), 1)

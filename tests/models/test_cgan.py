@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fedsim.models.generators import Evidence, GeneratorSpec
 from fedsim.models.generators.cgan import Cgan
 from fedsim.models.generators.networks import Average, perceptron
 from fedsim.models.generators.projection import ProjectionJudge, SpectralLinear, mode_seeking, slope_penalty
@@ -32,8 +33,8 @@ def table(*, clients: int = 4, spread: float | None = 0.5) -> ClassStats:
 
 
 def fitted(stats: ClassStats | None = None, *, epochs: int = 2, **settings) -> Cgan:
-    generator = Cgan(**{**SMALL, **settings})
-    generator.fit(stats or table(), CONDITION, epochs=epochs, stream=rng(0, "fit"))
+    generator = Cgan(GeneratorSpec(**{**SMALL, **settings}))
+    generator.fit(Evidence(stats or table(), CONDITION), epochs=epochs, stream=rng(0, "fit"))
     return generator
 
 
@@ -95,7 +96,7 @@ def test_the_singular_vectors_come_from_the_stream_and_move_once_a_step():
     assert not torch.equal(one.vector, other.vector)
     # A step of D per batch: 3 classes of 32 rows in batches of 48 are two.
     generator = fitted(epochs=1, batch_size=48, learning_rate=1e-12)
-    state, by_hand = generator.state(), Cgan(**SMALL)
+    state, by_hand = generator.state(), Cgan(GeneratorSpec(**SMALL))
     by_hand._build(S, D, V, torch.device("cpu"))
     for _ in range(2):
         by_hand._judge.iterate()
@@ -150,10 +151,10 @@ def test_class_means_are_carried_by_the_statistics():
 
 @pytest.mark.parametrize("settings", [{"discriminator": "r1"}, {"mode_seeking": 0.0}, {"ema": 0.0}, {"rows": "means"}])
 def test_options_resume_to_the_bit_and_change_something(settings):
-    first, second = fitted(**settings), Cgan(**SMALL, **settings)
+    first, second = fitted(**settings), Cgan(GeneratorSpec(**SMALL, **settings))
     second.load({name: tensor.clone() for name, tensor in first.state().items()})
     for generator in (first, second):
-        generator.fit(table(clients=5), CONDITION, epochs=2, stream=rng(1, "fit"))
+        generator.fit(Evidence(table(clients=5), CONDITION), epochs=2, stream=rng(1, "fit"))
     one, other = first.state(), second.state()
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -163,15 +164,15 @@ def test_options_resume_to_the_bit_and_change_something(settings):
 
 
 def test_a_collapsed_generator_is_reported(caplog):
-    generator = Cgan(**{**SMALL, "learning_rate": 1e-12})
+    generator = Cgan(GeneratorSpec(**{**SMALL, "learning_rate": 1e-12}))
     with caplog.at_level(logging.WARNING):
-        assert generator.fit(table(), CONDITION, epochs=1, stream=rng(0, "fit")).metrics["diversity"] > 0.1
+        assert generator.fit(Evidence(table(), CONDITION), epochs=1, stream=rng(0, "fit")).metrics["diversity"] > 0.1
         assert not caplog.records
         with torch.no_grad():
             for network in (generator._maker, generator._average.network):
                 for weight in network.parameters():
                     weight.zero_()
-        report = generator.fit(table(), CONDITION, epochs=1, stream=rng(0, "fit"))
+        report = generator.fit(Evidence(table(), CONDITION), epochs=1, stream=rng(0, "fit"))
     assert report.metrics["diversity"] < 0.01
     assert "the GAN has collapsed" in caplog.text
 

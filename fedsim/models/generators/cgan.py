@@ -29,19 +29,20 @@ from torch.nn import functional
 from fedsim.models.generators.networks import AdamW, Average, part, perceptron, require_finite, shuffled_batches
 from fedsim.models.generators.novelty import Novelty
 from fedsim.models.generators.projection import ProjectionJudge, mode_seeking, slope_penalty
+from fedsim.models.generators.protocol import Evidence, GeneratorSpec
 from fedsim.models.generators.report import ClassLosses, FitReport
 from fedsim.models.generators.rows import (
     ConditionTable,
     Standardizer,
     check_shape,
-    class_shares,
+    class_centres,
     expand_condition,
     moments,
     shape_of,
     training_source,
 )
 from fedsim.seeding import normal, rng
-from fedsim.types import ClassStats, PooledCovariance
+from fedsim.types import ClassStats
 
 log = logging.getLogger(__name__)
 COLLAPSED = 0.1
@@ -52,66 +53,30 @@ class Cgan:
     """Class-conditional GAN of residuals; see the module for losses.
 
     Args:
-        seed: of the initial weights.
-        hidden_dim: width of the two hidden layers of G and D.
-        latent_dim: width of z.
-        learning_rate: AdamW step size of both.
-        batch_size: rows of a step.
-        rows_per_class: rows drawn per class and epoch.
-        rows: "means", "moments" or "lowrank": see `rows.training_source`.
-        discriminator: what holds D back: "spectral" norm, or the "r1" penalty.
-        mode_seeking: weight of the mode-seeking term; 0 leaves it out.
-        ema: share of the moving average of G's weights that samples are made with; 0: the weights as they are.
-        novelty_weight, novelty: as in `vae.Vae`, of G's residuals.
+        spec: settings.
     """
 
-    def __init__(
-        self,
-        *,
-        seed: int,
-        hidden_dim: int = 512,
-        latent_dim: int = 256,
-        learning_rate: float = 1e-4,
-        batch_size: int = 64,
-        rows_per_class: int = 64,
-        rows: str = "moments",
-        discriminator: str = "spectral",
-        mode_seeking: float = 0.3,
-        ema: float = 0.99,
-        novelty_weight: float = 0.0,
-        novelty: str = "l2",
-    ) -> None:
-        self._seed, self._hidden_dim, self._latent_dim = seed, hidden_dim, latent_dim
-        self._learning_rate, self._batch_size = learning_rate, batch_size
-        self._rows, self._rows_per_class = rows, rows_per_class
-        self._discriminator, self._seeking = discriminator, mode_seeking
-        self._ema, self._novelty_weight, self._novelty_kind = ema, novelty_weight, novelty
+    def __init__(self, spec: GeneratorSpec) -> None:
+        self._spec = spec
         self._table = ConditionTable()
         self._shape: tuple[int, int, int] | None = None
 
     def _build(self, segments: int, dim: int, condition_dim: int, device: torch.device) -> tuple[int, int, int]:
-        size, hidden = segments * dim, self._hidden_dim
+        size, seed, hidden, latent = segments * dim, self._spec.seed, self._spec.hidden_dim, self._spec.latent_dim
         maker = perceptron(
-            [self._latent_dim + condition_dim, hidden, hidden, size], rng(self._seed, "generator-init", "maker")
+            [latent + condition_dim, hidden, hidden, size],
+            rng(seed, "generator-init", "maker"),
         )
-        stream = rng(self._seed, "generator-init", "judge")
-        judge = ProjectionJudge(size, condition_dim, hidden, stream, spectral=self._discriminator == "spectral")
+        stream = rng(seed, "generator-init", "judge")
+        judge = ProjectionJudge(size, condition_dim, hidden, stream, spectral=self._spec.discriminator == "spectral")
         self._maker, self._judge = maker.to(device), judge.to(device)
-        self._average = Average(self._maker, self._ema)
-        self._maker_optimizer = AdamW(self._maker.parameters(), self._learning_rate, (0.5, 0.999))
-        self._judge_optimizer = AdamW(self._judge.parameters(), self._learning_rate, (0.5, 0.999))
+        self._average = Average(self._maker, 0.99 if self._spec.ema is None else self._spec.ema)
+        self._maker_optimizer = AdamW(self._maker.parameters(), self._spec.learning_rate, (0.5, 0.999))
+        self._judge_optimizer = AdamW(self._judge.parameters(), self._spec.learning_rate, (0.5, 0.999))
         self._shape = (segments, dim, condition_dim)
         return self._shape
 
-    def fit(
-        self,
-        stats: ClassStats,
-        condition: Tensor,
-        *,
-        epochs: int,
-        stream: np.random.Generator,
-        pooled: PooledCovariance | None = None,
-    ) -> FitReport:
+    def fit(self, known: Evidence, *, epochs: int, stream: np.random.Generator) -> FitReport:
         """Train on draws around the class means; see `Vae.fit`.
 
         `diversity` of the report is the spread of G's residuals over that of the rows within classes, announced where
@@ -120,14 +85,15 @@ class Cgan:
         Raises:
             ModelError: another embedding shape or condition width than in earlier fits, or a non-finite loss.
         """
-        built = self._shape or self._build(*shape_of(stats, condition), stats.audio_mean.device)
-        check_shape(built, stats, condition)
-        stats, pooled = training_source(stats, self._rows, pooled)
+        condition = known.condition
+        built = self._shape or self._build(*shape_of(known.stats, condition), known.stats.audio_mean.device)
+        check_shape(built, known.stats, condition)
+        stats, pooled = training_source(known.stats, self._spec.rows, known.pooled)
         stats = self._centre(stats, condition)
         self._standard = Standardizer(*moments(stats, pooled))
         history = []
         for _ in range(epochs):
-            labels, x = self._standard.draws(stats, self._rows_per_class, stream, pooled)
+            labels, x = self._standard.draws(stats, self._spec.rows_per_class, stream, pooled)
             history.append(self._epoch_of(x, condition, labels, stream))
         return FitReport(tuple(history), self._settle(x, condition, labels, stream))
 
@@ -135,22 +101,20 @@ class Cgan:
         """Keep every class's count-weighted mean; -> statistics of what is left around it."""
         self._table.fit(condition, stats.label)
         labels = torch.from_numpy(stats.label).to(stats.audio_mean.device)
-        shares = torch.from_numpy(class_shares(stats)).to(stats.audio_mean).view(-1, 1, 1)
-        means = stats.audio_mean.new_zeros(len(condition), *stats.audio_mean.shape[1:])
-        self._centres = means.index_add_(0, labels, shares * stats.audio_mean)
+        self._centres = class_centres(stats, len(condition))
         return replace(stats, audio_mean=stats.audio_mean - self._centres[labels])
 
     def _make(self, maker: nn.Module, v: Tensor, stream: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Residuals [n, S * D] of a G and the z [n, latent] that they came from."""
-        z = normal(stream, len(v), self._latent_dim).to(v.device)
+        z = normal(stream, len(v), self._spec.latent_dim).to(v.device)
         return maker(torch.cat([z, v], 1)), z
 
     def _epoch_of(
         self, x: Tensor, condition: Tensor, labels: np.ndarray, stream: np.random.Generator
     ) -> Mapping[int, Mapping[str, float]]:
-        losses = ClassLosses(self._rows_per_class)
-        novelty = Novelty(x, labels, self._novelty_kind) if self._novelty_weight else None
-        for batch in shuffled_batches(len(x), self._batch_size, stream):
+        losses = ClassLosses(self._spec.rows_per_class)
+        novelty = Novelty(x, labels, self._spec.novelty) if self._spec.novelty_weight else None
+        for batch in shuffled_batches(len(x), self._spec.batch_size, stream):
             v = condition[torch.from_numpy(labels[batch])]
             judged = self._judge_step(x[batch], v, stream)
             losses.add(labels[batch], {**self._maker_step(v, labels[batch], novelty, stream), **judged})
@@ -161,7 +125,7 @@ class Cgan:
         self._judge.iterate()
         with torch.no_grad():
             fake, _ = self._make(self._maker, v, stream)
-        penalised = self._discriminator == "r1"
+        penalised = self._spec.discriminator == "r1"
         real = real.requires_grad_(penalised)
         real_score, fake_score = self._judge(torch.cat([real, fake]), torch.cat([v, v])).chunk(2)
         judged = functional.relu(1 - real_score) + functional.relu(1 + fake_score)
@@ -177,14 +141,14 @@ class Cgan:
         """One step of G; losses by row [n]."""
         made, z = self._make(self._maker, v, stream)
         parts = {}
-        if self._seeking:
+        if self._spec.mode_seeking:
             again, z_again = self._make(self._maker, v, stream)
             fooled = -0.5 * (self._judge(made, v) + self._judge(again, v))
-            parts["mode_seeking"] = self._seeking * mode_seeking(made, again, z, z_again)
+            parts["mode_seeking"] = self._spec.mode_seeking * mode_seeking(made, again, z, z_again)
         else:
             fooled = -self._judge(made, v)
         if novelty is not None:
-            parts["novelty"] = self._novelty_weight * novelty(made, labels)
+            parts["novelty"] = self._spec.novelty_weight * novelty(made, labels)
         losses = fooled + sum(parts.values())
         require_finite(losses.mean(), "CGAN generator")
         self._maker_optimizer.step(losses.mean())
@@ -196,7 +160,7 @@ class Cgan:
         self, x: Tensor, condition: Tensor, labels: np.ndarray, stream: np.random.Generator
     ) -> dict[str, float]:
         """Take the mean of G's residuals off every class's centre, and look for signs of mode collapse."""
-        half = normal(stream, PAIRS, self._latent_dim).to(x.device)
+        half = normal(stream, PAIRS, self._spec.latent_dim).to(x.device)
         z = torch.cat([half, -half])
         spreads = []
         for label in np.unique(labels).tolist():

@@ -26,6 +26,7 @@ from fedsim.models.generators.networks import (
     shuffled_batches,
 )
 from fedsim.models.generators.novelty import Novelty
+from fedsim.models.generators.protocol import Evidence, GeneratorSpec
 from fedsim.models.generators.report import ClassLosses, FitReport
 from fedsim.models.generators.rows import (
     NOT_FITTED,
@@ -38,7 +39,6 @@ from fedsim.models.generators.rows import (
     training_source,
 )
 from fedsim.seeding import normal, rng
-from fedsim.types import ClassStats, PooledCovariance
 
 INSTANCE_NOISE = 0.1
 
@@ -47,70 +47,41 @@ class Gan:
     """Conditional GAN; see the module for losses.
 
     Args:
-        seed: of the initial weights.
-        hidden_dim: width of the two hidden layers of G and D.
-        latent_dim: width of z.
-        learning_rate: AdamW step size of both.
-        batch_size: rows of a step.
-        rows_per_class: rows drawn per class and epoch.
-        rows: "means", "moments" or "lowrank": see `rows.training_source`.
-        ema, novelty_weight, novelty: as in `vae.Vae`, of G.
+        spec: settings.
     """
 
-    def __init__(
-        self,
-        *,
-        seed: int,
-        hidden_dim: int = 512,
-        latent_dim: int = 256,
-        learning_rate: float = 1e-4,
-        batch_size: int = 64,
-        rows_per_class: int = 64,
-        rows: str = "moments",
-        ema: float = 0.0,
-        novelty_weight: float = 0.0,
-        novelty: str = "l2",
-    ) -> None:
-        self._seed, self._hidden_dim, self._latent_dim = seed, hidden_dim, latent_dim
-        self._learning_rate, self._batch_size = learning_rate, batch_size
-        self._rows, self._rows_per_class = rows, rows_per_class
-        self._ema, self._novelty_weight, self._novelty_kind = ema, novelty_weight, novelty
+    def __init__(self, spec: GeneratorSpec) -> None:
+        self._spec = spec
         self._shape: tuple[int, int, int] | None = None
 
     def _build(self, segments: int, dim: int, condition_dim: int, device: torch.device) -> tuple[int, int, int]:
-        size, hidden = segments * dim, self._hidden_dim
+        size, seed, hidden, latent = segments * dim, self._spec.seed, self._spec.hidden_dim, self._spec.latent_dim
         maker = perceptron(
-            [self._latent_dim + condition_dim, hidden, hidden, size], rng(self._seed, "generator-init", "maker")
+            [latent + condition_dim, hidden, hidden, size],
+            rng(seed, "generator-init", "maker"),
         )
-        judge = perceptron([size + condition_dim, hidden, hidden, 1], rng(self._seed, "generator-init", "judge"))
+        judge = perceptron([size + condition_dim, hidden, hidden, 1], rng(seed, "generator-init", "judge"))
         self._maker, self._judge = maker.to(device), judge.to(device)
-        self._average = Average(self._maker, self._ema) if self._ema else None
-        self._maker_optimizer = AdamW(self._maker.parameters(), self._learning_rate, (0.5, 0.999))
-        self._judge_optimizer = AdamW(self._judge.parameters(), self._learning_rate, (0.5, 0.999))
+        self._average = Average(self._maker, self._spec.ema) if self._spec.ema else None
+        self._maker_optimizer = AdamW(self._maker.parameters(), self._spec.learning_rate, (0.5, 0.999))
+        self._judge_optimizer = AdamW(self._judge.parameters(), self._spec.learning_rate, (0.5, 0.999))
         self._shape = (segments, dim, condition_dim)
         return self._shape
 
-    def fit(
-        self,
-        stats: ClassStats,
-        condition: Tensor,
-        *,
-        epochs: int,
-        stream: np.random.Generator,
-        pooled: PooledCovariance | None = None,
-    ) -> FitReport:
+    def fit(self, known: Evidence, *, epochs: int, stream: np.random.Generator) -> FitReport:
         """Train on draws from the class statistics; see `Vae.fit`.
 
         Raises:
             ModelError: another embedding shape or condition width than in earlier fits, or a non-finite loss.
         """
-        built = self._shape or self._build(*shape_of(stats, condition), stats.audio_mean.device)
-        check_shape(built, stats, condition)
-        stats, pooled = training_source(stats, self._rows, pooled)
+        condition = known.condition
+        built = self._shape or self._build(*shape_of(known.stats, condition), known.stats.audio_mean.device)
+        check_shape(built, known.stats, condition)
+        stats, pooled = training_source(known.stats, self._spec.rows, known.pooled)
         self._standard = Standardizer(*moments(stats, pooled))
         history = []
         for _ in range(epochs):
-            labels, x = self._standard.draws(stats, self._rows_per_class, stream, pooled)
+            labels, x = self._standard.draws(stats, self._spec.rows_per_class, stream, pooled)
             history.append(self._epoch_of(x, condition, labels, stream))
         fake = self._make(self._sampler(), condition[torch.from_numpy(labels)], stream).detach()
         spread = fake.var(0, unbiased=False).mean() / x.var(0, unbiased=False).mean()
@@ -120,7 +91,7 @@ class Gan:
         return self._maker if self._average is None else self._average.network
 
     def _make(self, maker: nn.Module, v: Tensor, stream: np.random.Generator) -> Tensor:
-        z = normal(stream, len(v), self._latent_dim).to(v.device)
+        z = normal(stream, len(v), self._spec.latent_dim).to(v.device)
         made: Tensor = maker(torch.cat([z, v], 1))
         return made
 
@@ -132,9 +103,9 @@ class Gan:
     def _epoch_of(
         self, x: Tensor, condition: Tensor, labels: np.ndarray, stream: np.random.Generator
     ) -> Mapping[int, Mapping[str, float]]:
-        losses = ClassLosses(self._rows_per_class)
-        novelty = Novelty(x, labels, self._novelty_kind) if self._novelty_weight else None
-        for batch in shuffled_batches(len(x), self._batch_size, stream):
+        losses = ClassLosses(self._spec.rows_per_class)
+        novelty = Novelty(x, labels, self._spec.novelty) if self._spec.novelty_weight else None
+        for batch in shuffled_batches(len(x), self._spec.batch_size, stream):
             rows, v = x[batch], condition[torch.from_numpy(labels[batch])]
             real = self._verdict(rows, v, stream)
             fake = self._verdict(self._make(self._maker, v, stream).detach(), v, stream)
@@ -144,7 +115,7 @@ class Gan:
             drawn = self._make(self._maker, v, stream)
             made, parts = functional.softplus(-self._verdict(drawn, v, stream)), {}
             if novelty is not None:
-                parts["novelty"] = self._novelty_weight * novelty(drawn, labels[batch])
+                parts["novelty"] = self._spec.novelty_weight * novelty(drawn, labels[batch])
                 made = made + parts["novelty"]
             require_finite(made.mean(), "GAN generator")
             self._maker_optimizer.step(made.mean())

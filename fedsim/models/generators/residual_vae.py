@@ -29,10 +29,11 @@ from torch.nn import functional
 
 from fedsim.models.adapters import stack
 from fedsim.models.adapters.layers import Params, linear, linear_init, nest
+from fedsim.models.generators.protocol import Evidence
 from fedsim.models.generators.report import FitReport
 from fedsim.models.generators.samplers import ClassTable
 from fedsim.seeding import normal, rng
-from fedsim.types import AdapterState, ClassStats, PooledCovariance
+from fedsim.types import AdapterState, PooledCovariance
 
 log = logging.getLogger(__name__)
 CALIBRATION_DRAWS = 4096
@@ -117,22 +118,14 @@ class ResidualVae:
         if scale is not None:
             self._network, self._scale = dict(network), scale
 
-    def fit(
-        self,
-        stats: ClassStats,
-        condition: Tensor,
-        *,
-        epochs: int,
-        stream: np.random.Generator,
-        pooled: PooledCovariance | None = None,
-    ) -> FitReport:
+    def fit(self, known: Evidence, *, epochs: int, stream: np.random.Generator) -> FitReport:
         """Keep the class means, and give samples the pooled variances; the network is trained elsewhere."""
-        self._table.fit(stats, condition, None)
-        if not self._network or pooled is None:
+        self._table.fit(known.stats, known.condition, None)
+        if not self._network or known.pooled is None:
             log.info("generator 'residual_vae': clients have not trained a network yet, it repeats class means")
             return FitReport((), {})
-        spread = self._residuals(CALIBRATION_DRAWS, stream, stats.audio_mean.device).std(0)
-        self._scale = pooled.variance.sqrt() / spread
+        spread = self._residuals(CALIBRATION_DRAWS, stream, known.stats.audio_mean.device).std(0)
+        self._scale = known.pooled.variance.sqrt() / spread
         noise = self._network["log_noise"].exp().to(spread.device)
         return FitReport((), {"spread": float(spread.mean()), "noise": float(noise.mean())})
 

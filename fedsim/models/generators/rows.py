@@ -82,6 +82,14 @@ def class_shares(stats: ClassStats) -> np.ndarray:
     return shares
 
 
+def class_centres(stats: ClassStats, num_classes: int) -> Tensor:
+    """Count-weighted mean of every class [C, S, D]; zeros where there are no statistics."""
+    labels = torch.from_numpy(stats.label).to(stats.audio_mean.device)
+    shares = torch.from_numpy(class_shares(stats)).to(stats.audio_mean).view(-1, 1, 1)
+    means = stats.audio_mean.new_zeros(num_classes, *stats.audio_mean.shape[1:])
+    return means.index_add_(0, labels, shares * stats.audio_mean)
+
+
 def class_draws(
     stats: ClassStats, per_class: int, stream: np.random.Generator, pooled: PooledCovariance | None = None
 ) -> tuple[np.ndarray, Tensor]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.models.generators.protocol import Evidence
 from fedsim.models.generators.report import FitReport
 from fedsim.models.generators.rows import NO_COVARIANCE, ConditionTable, draw, draw_around, pick_rows
 from fedsim.types import ClassStats, PooledCovariance
@@ -66,17 +67,9 @@ class Replay:
     def __init__(self) -> None:
         self._table = ClassTable()
 
-    def fit(
-        self,
-        stats: ClassStats,
-        condition: Tensor,
-        *,
-        epochs: int,
-        stream: np.random.Generator,
-        pooled: PooledCovariance | None = None,
-    ) -> FitReport:
+    def fit(self, known: Evidence, *, epochs: int, stream: np.random.Generator) -> FitReport:
         """Keep the class means; `epochs` and `stream` are not used, kept for a common interface."""
-        self._table.fit(stats, condition, None)
+        self._table.fit(known.stats, known.condition, None)
         return FitReport((), {})
 
     def sample(self, condition: Tensor, n: int, *, stream: np.random.Generator) -> Tensor:
@@ -98,19 +91,11 @@ class Gaussian:
     def __init__(self) -> None:
         self._table = ClassTable()
 
-    def fit(
-        self,
-        stats: ClassStats,
-        condition: Tensor,
-        *,
-        epochs: int,
-        stream: np.random.Generator,
-        pooled: PooledCovariance | None = None,
-    ) -> FitReport:
+    def fit(self, known: Evidence, *, epochs: int, stream: np.random.Generator) -> FitReport:
         """Keep means and variances; without variances (`privacy.share_variances: false`) it is a replay, announced."""
-        if stats.audio_var is None:
+        if known.stats.audio_var is None:
             log.warning("generator 'gaussian' got no variances (privacy.share_variances is false): it replays means")
-        self._table.fit(stats, condition, stats.audio_var)
+        self._table.fit(known.stats, known.condition, known.stats.audio_var)
         return FitReport((), {})
 
     def sample(self, condition: Tensor, n: int, *, stream: np.random.Generator) -> Tensor:
@@ -142,16 +127,9 @@ class Cof:
     def __init__(self) -> None:
         self._table = ClassTable()
 
-    def fit(
-        self,
-        stats: ClassStats,
-        condition: Tensor,
-        *,
-        epochs: int,
-        stream: np.random.Generator,
-        pooled: PooledCovariance | None = None,
-    ) -> FitReport:
+    def fit(self, known: Evidence, *, epochs: int, stream: np.random.Generator) -> FitReport:
         """Estimate one mean and one variance per class; with one client per class it is a replay, announced."""
+        stats = known.stats
         labels = np.unique(stats.label)
         counts = np.array([stats.count[stats.label == label].sum() for label in labels])
         means, spread, freedom = [], [], []
@@ -172,7 +150,7 @@ class Cof:
         else:
             log.warning("generator 'cof' found no class on two clients: no variance to recover, it replays means")
         table = ClassStats(np.full(len(labels), -1), labels, counts, torch.stack(means), variance, {})
-        self._table.fit(table, condition, variance)
+        self._table.fit(table, known.condition, variance)
         return FitReport((), {"degrees_of_freedom": float(total)})
 
     def sample(self, condition: Tensor, n: int, *, stream: np.random.Generator) -> Tensor:
@@ -201,19 +179,12 @@ class LowRank:
         self._table = ClassTable()
         self._pooled: PooledCovariance | None = None
 
-    def fit(
-        self,
-        stats: ClassStats,
-        condition: Tensor,
-        *,
-        epochs: int,
-        stream: np.random.Generator,
-        pooled: PooledCovariance | None = None,
-    ) -> FitReport:
+    def fit(self, known: Evidence, *, epochs: int, stream: np.random.Generator) -> FitReport:
         """Keep means and covariance; as long as there is none it replays means, announced."""
+        pooled = known.pooled
         if pooled is None:
             log.warning(NO_COVARIANCE)
-        self._table.fit(stats, condition, None)
+        self._table.fit(known.stats, known.condition, None)
         self._pooled = pooled
         if pooled is None:
             return FitReport((), {})

@@ -13,8 +13,10 @@ x is a standardised audio embedding of N = S * D numbers, v the prompt embedding
 epochs of the *whole run*, by a counter that is part of the state. Samples keep the decoder's residual variance: it
 is half of the spread where the latent explains only the rest.
 
-Two options, both off: samples from a moving average of the decoder's weights (`networks.Average`), and a bounded
-penalty on decoded draws from the prior that come too near to a training row (`novelty`).
+Options, all off: samples from a moving average of the decoder's weights (`networks.Average`), a bounded penalty on
+decoded draws from the prior that come too near to a training row (`novelty`), and growth: z begins with few of its
+units and gets the others one by one, over a share of the epochs of the whole run. A unit enters without a jump of the
+loss: the decoder's weights on it are zero, and the encoder's are a hundredth, so its posterior is all but the prior.
 
 Deviations from the original: standardised input and linear output instead of Tanh; a condition per row.
 """
@@ -40,6 +42,7 @@ from fedsim.models.generators.networks import (
     shuffled_batches,
 )
 from fedsim.models.generators.novelty import Novelty
+from fedsim.models.generators.protocol import Evidence, GeneratorSpec
 from fedsim.models.generators.report import ClassLosses, FitReport
 from fedsim.models.generators.rows import (
     NOT_FITTED,
@@ -52,54 +55,25 @@ from fedsim.models.generators.rows import (
     training_source,
 )
 from fedsim.seeding import normal, rng
-from fedsim.types import ClassStats, PooledCovariance
 
 log = logging.getLogger(__name__)
 INPUT_NOISE = 0.1
+LATE = 0.01
+"""What is left of the encoder's first weights on units that come later."""
 
 
 class Vae:
     """Conditional VAE; see the module for losses.
 
     Args:
-        seed: of the initial weights.
-        hidden_dim: width of the two hidden layers of encoder and decoder.
-        latent_dim: width of z.
-        learning_rate: AdamW step size.
-        batch_size: rows of a step.
-        rows_per_class: rows drawn per class and epoch.
-        rows: "means", "moments" or "lowrank": see `rows.training_source`.
-        total_epochs: epochs of the whole run.
-        beta_warmup: share of them after which beta is 1.
-        calibrated: loss scaling.
-        ema: share of the moving average of the decoder's weights that samples are made with; 0 is off.
-        novelty_weight: weight of the penalty on draws too near to a training row; 0 leaves it out.
-        novelty: its distance, "l2" or "cosine".
+        spec: settings.
     """
 
-    def __init__(
-        self,
-        *,
-        seed: int,
-        hidden_dim: int = 512,
-        latent_dim: int = 256,
-        learning_rate: float = 1e-4,
-        batch_size: int = 64,
-        rows_per_class: int = 64,
-        rows: str = "moments",
-        total_epochs: int = 1,
-        beta_warmup: float = 0.5,
-        calibrated: bool = True,
-        ema: float = 0.0,
-        novelty_weight: float = 0.0,
-        novelty: str = "l2",
-    ) -> None:
-        self._seed, self._hidden_dim, self._latent_dim = seed, hidden_dim, latent_dim
-        self._learning_rate, self._batch_size = learning_rate, batch_size
-        self._rows, self._rows_per_class = rows, rows_per_class
-        self._warmup_epochs = max(1, math.ceil(beta_warmup * total_epochs))
-        self._calibrated, self._ema = calibrated, ema
-        self._novelty_weight, self._novelty_kind = novelty_weight, novelty
+    def __init__(self, spec: GeneratorSpec) -> None:
+        self._spec = spec
+        self._warmup_epochs = max(1, math.ceil(spec.beta_warmup * spec.total_epochs))
+        self._calibrated = spec.loss_scaling == "calibrated"
+        self._growth_epochs = max(1, math.ceil((spec.growth or 0.0) * spec.total_epochs))
         self._epoch = 0
         self._shape: tuple[int, int, int] | None = None
 
@@ -108,49 +82,52 @@ class Vae:
         """Weight of the KL term in the coming epoch: min(1, (t + 1) / warm-up epochs)."""
         return min(1.0, (self._epoch + 1) / self._warmup_epochs)
 
+    @property
+    def units(self) -> int:
+        """Units of z in the coming epoch: ceil(all of them * min(1, (t + 1) / growth epochs))."""
+        latent, share = self._spec.latent_dim, min(1.0, (self._epoch + 1) / self._growth_epochs)
+        return min(latent, math.ceil(latent * share))
+
+    def _in_use(self, x: Tensor) -> Tensor:
+        """Values of all units [n, Z], zero where a unit isn't in use yet."""
+        units = self.units
+        return x if units == x.shape[1] else functional.pad(x[:, :units], (0, x.shape[1] - units))
+
     def _build(self, segments: int, dim: int, condition_dim: int, device: torch.device) -> tuple[int, int, int]:
-        size, hidden = segments * dim, self._hidden_dim
+        size, seed, hidden, latent = segments * dim, self._spec.seed, self._spec.hidden_dim, self._spec.latent_dim
         encoder = perceptron(
-            [size + condition_dim, hidden, hidden, 2 * self._latent_dim], rng(self._seed, "generator-init", "encoder")
+            [size + condition_dim, hidden, hidden, 2 * latent],
+            rng(seed, "generator-init", "encoder"),
         )
         decoder = perceptron(
-            [self._latent_dim + condition_dim, hidden, hidden, size], rng(self._seed, "generator-init", "decoder")
+            [latent + condition_dim, hidden, hidden, size],
+            rng(seed, "generator-init", "decoder"),
         )
+        if self.units < latent:
+            with torch.no_grad():
+                decoder[0].get_parameter("weight")[:, self.units : latent] = 0.0
+                encoder[-1].get_parameter("weight").view(2, latent, hidden)[:, self.units :] *= LATE
         self._network = nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(device)
-        self._average = Average(self._network["decoder"], self._ema) if self._ema else None
-        self._optimizer = AdamW(self._network.parameters(), self._learning_rate, (0.9, 0.999))
+        self._average = Average(self._network["decoder"], self._spec.ema) if self._spec.ema else None
+        self._optimizer = AdamW(self._network.parameters(), self._spec.learning_rate, (0.9, 0.999))
         self._residual = torch.ones(size, device=device)
         self._shape = (segments, dim, condition_dim)
         return self._shape
 
-    def fit(
-        self,
-        stats: ClassStats,
-        condition: Tensor,
-        *,
-        epochs: int,
-        stream: np.random.Generator,
-        pooled: PooledCovariance | None = None,
-    ) -> FitReport:
+    def fit(self, known: Evidence, *, epochs: int, stream: np.random.Generator) -> FitReport:
         """Train on draws from the class statistics.
-
-        Args:
-            stats: rows with means [M, S, D] and optional variances.
-            condition: every class's prompt embedding [C, V].
-            epochs: passes of `rows_per_class` draws per class.
-            stream: draws, noise and order.
-            pooled: within-class covariance, for `rows` "lowrank".
 
         Raises:
             ModelError: another embedding shape or condition width than in earlier fits, or a non-finite loss.
         """
-        built = self._shape or self._build(*shape_of(stats, condition), stats.audio_mean.device)
-        check_shape(built, stats, condition)
-        stats, pooled = training_source(stats, self._rows, pooled)
+        condition = known.condition
+        built = self._shape or self._build(*shape_of(known.stats, condition), known.stats.audio_mean.device)
+        check_shape(built, known.stats, condition)
+        stats, pooled = training_source(known.stats, self._spec.rows, known.pooled)
         self._standard = Standardizer(*moments(stats, pooled))
         history = []
         for _ in range(epochs):
-            labels, x = self._standard.draws(stats, self._rows_per_class, stream, pooled)
+            labels, x = self._standard.draws(stats, self._spec.rows_per_class, stream, pooled)
             history.append(self._epoch_of(x, condition, labels, stream))
             self._epoch += 1
         return FitReport(tuple(history), self._measure(x, condition[torch.from_numpy(labels)], stream))
@@ -158,15 +135,15 @@ class Vae:
     def _epoch_of(
         self, x: Tensor, condition: Tensor, labels: np.ndarray, stream: np.random.Generator
     ) -> Mapping[int, Mapping[str, float]]:
-        losses = ClassLosses(self._rows_per_class)
-        novelty = Novelty(x, labels, self._novelty_kind) if self._novelty_weight else None
-        for batch in shuffled_batches(len(x), self._batch_size, stream):
+        losses = ClassLosses(self._spec.rows_per_class)
+        novelty = Novelty(x, labels, self._spec.novelty) if self._spec.novelty_weight else None
+        for batch in shuffled_batches(len(x), self._spec.batch_size, stream):
             rows, v = x[batch], condition[torch.from_numpy(labels[batch])]
             noisy = rows + INPUT_NOISE * normal(stream, *rows.shape).to(x.device)
             parts = self._loss_parts(rows, noisy, v, stream)
             if novelty is not None:
                 drawn = self._decode(self._network["decoder"], v, stream)
-                parts["novelty"] = self._novelty_weight * novelty(drawn, labels[batch])
+                parts["novelty"] = self._spec.novelty_weight * novelty(drawn, labels[batch])
             loss = torch.stack(list(parts.values())).sum(0).mean()
             require_finite(loss, "VAE training")
             self._optimizer.step(loss)
@@ -185,17 +162,17 @@ class Vae:
 
     def _decode(self, decoder: nn.Module, v: Tensor, stream: np.random.Generator) -> Tensor:
         """Decoded draws from the prior [n, S * D]."""
-        z = normal(stream, len(v), self._latent_dim).to(v.device)
+        z = self._in_use(normal(stream, len(v), self._spec.latent_dim).to(v.device))
         decoded: Tensor = decoder(torch.cat([z, v], 1))
         return decoded
 
     def _loss_parts(self, x: Tensor, noisy: Tensor, v: Tensor, stream: np.random.Generator) -> dict[str, Tensor]:
         """Weighted parts of the loss of every row: name -> [n]."""
         mu, log_variance = self._encode(noisy, v)
-        z = mu + (0.5 * log_variance).exp() * normal(stream, *mu.shape).to(x.device)
+        z = self._in_use(mu + (0.5 * log_variance).exp() * normal(stream, *mu.shape).to(x.device))
         decoded = self._network["decoder"](torch.cat([z, v], 1))
         squared = (decoded - x).square().mean(1)
-        kl = 0.5 * (mu.square() + log_variance.exp() - 1 - log_variance).sum(1)
+        kl = 0.5 * self._in_use(mu.square() + log_variance.exp() - 1 - log_variance).sum(1)
         segments = self._standard.mean.shape[0]
         unlike = 1 - functional.cosine_similarity(
             decoded.view(len(x), segments, -1), x.view(len(x), segments, -1), dim=-1
@@ -211,15 +188,16 @@ class Vae:
     def _measure(self, x: Tensor, v: Tensor, stream: np.random.Generator) -> dict[str, float]:
         """Residual variance for sampling, and signs of posterior collapse."""
         mu, log_variance = self._encode(x, v)
-        z = mu + (0.5 * log_variance).exp() * normal(stream, *mu.shape).to(x.device)
+        z = self._in_use(mu + (0.5 * log_variance).exp() * normal(stream, *mu.shape).to(x.device))
         self._residual = (self._sampler()(torch.cat([z, v], 1)) - x).square().mean(0)
-        kl = 0.5 * (mu.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
+        kl = 0.5 * self._in_use(mu.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
         active = int((mu.var(0, unbiased=False) > 0.01).sum())
         if active == 0:
             log.warning(
                 "the VAE has collapsed: no latent unit is active (KL %.3g nats); it repeats class means", float(kl)
             )
-        return {
+        grown = {} if self._spec.growth is None else {"latent_units": float(self.units)}
+        return grown | {
             "kl": float(kl),
             "active_units": float(active),
             "beta": self.beta,
