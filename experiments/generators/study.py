@@ -51,6 +51,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "lowrank + contrastive": (*generator("lowrank"), *CONTRASTIVE),
     "vae + contrastive": (*generator("vae"), *CONTRASTIVE),
     "residual_vae + contrastive": (*RESIDUAL_VAE, *CONTRASTIVE),
+    "oracle": generator("oracle"),
     "lowrank, server only": (*generator("lowrank"), "federation.local_epochs=0"),
 }
 COMPARISONS = (

@@ -228,8 +228,12 @@ class FedA2V(Section):
     )
     use_generator: bool = key(False, "build and train the generator, and refine with its samples")
     generator_type: Literal[
-        "replay", "gaussian", "cof", "lowrank", "full", "residual_vae", "vae", "vae_plain", "gan", "cgan"
-    ] = key("lowrank", "kind of generator; learnt kinds, which the server trains: vae, vae_plain, gan, cgan")
+        "replay", "gaussian", "cof", "lowrank", "full", "residual_vae", "vae", "vae_plain", "gan", "cgan", "oracle"
+    ] = key(
+        "lowrank",
+        "kind of generator; learnt kinds, which the server trains: vae, vae_plain, gan, cgan; oracle draws clients' "
+        "recordings themselves, which only a simulation can do: an upper bound",
+    )
     generator_granularity: Literal["unified", "per_class", "per_group"] = key(
         "unified", "learnt kinds: one network for all classes, one per class, or one per class group"
     )

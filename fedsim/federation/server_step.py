@@ -25,6 +25,7 @@ from fedsim.algorithms.refinement import Refined, Refinement, refine
 from fedsim.algorithms.row_sample import sample_rows, settle_counts
 from fedsim.config.schema import Config, FedA2V
 from fedsim.federation.clock import RoundClock
+from fedsim.federation.oracle import recordings_as_statistics
 from fedsim.federation.parts import Parts, adapter_part
 from fedsim.federation.setup import Setup
 from fedsim.models.generators import Evidence, FitReport, Generator, GeneratorSpec, make_generator
@@ -56,6 +57,7 @@ class ServerStep:
 
     def __init__(self, setup: Setup, parts: Parts, generator_state: Mapping[str, Tensor]) -> None:
         self._parts, self._config, self._class_names = parts, setup.config, setup.class_names
+        self._setup, self._oracle = setup, setup.config.feda2v.generator_type == "oracle"
         self._generator = _make_generator(setup.config, setup.class_names)
         self._condition: Tensor | None = None
         if self._generator is not None:
@@ -65,6 +67,8 @@ class ServerStep:
                 "generator not initialised: feda2v.use_generator is false; "
                 "refinement uses the clients' class means alone"
             )
+        if self._oracle:
+            log.warning("generator 'oracle' draws the clients' recordings themselves: an upper bound, no federation")
 
     @property
     def has_generator(self) -> bool:
@@ -114,7 +118,8 @@ class ServerStep:
         metrics: dict[str, float] = {}
         if self._generator is not None:
             with clock("generate"):
-                report = self._fit(self._generator, known, condition, learnt, clock.round_number)
+                source = recordings_as_statistics(self._setup, self._parts, averaged) if self._oracle else known
+                report = self._fit(self._generator, source, condition, learnt, clock.round_number)
             metrics |= {"server/generator_loss": report.mean_loss}
             metrics |= {f"server/generator_{name}": value for name, value in report.metrics.items()}
         with clock("refine"):

@@ -516,3 +516,15 @@ def test_without_averaging_a_newcomer_starts_where_the_others_did():
         personal.append(kept_of(server))
     assert len(personal[0]) > 2
     assert personal[0] == personal[1]
+
+
+def test_the_oracle_draws_recordings_that_clients_hold_and_no_held_out_one(setup, caplog):
+    server, _ = run(reconfigured(setup, *SERVER_STEP, "feda2v.generator_type=oracle"), 1)
+    assert "generator 'oracle' draws the clients' recordings themselves" in caplog.text
+    store = server.parts.store.rows
+    held = {row.tobytes() for row in np.delete(store, setup.test_rows, axis=0)}
+    labels, rows = server._step.draw(server.state.buffer, 8, "test", 1)
+    assert len(labels) == 8 * len(setup.class_names)
+    for label, row in zip(labels, rows.numpy(), strict=True):
+        assert row.tobytes() in held
+        assert setup.labels[(store == row).all(axis=(1, 2))].tolist() == [label]

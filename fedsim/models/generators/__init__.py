@@ -43,6 +43,7 @@ LEARNT = ("vae", "vae_plain", "gan", "cgan")
 
 KINDS: dict[str, Callable[[GeneratorSpec], Generator]] = {
     "replay": lambda spec: Replay(),
+    "oracle": lambda spec: Replay(),  # of recordings: see federation.oracle
     "gaussian": lambda spec: Gaussian(),
     "cof": lambda spec: Cof(),
     "lowrank": lambda spec: LowRank(),
