@@ -28,6 +28,7 @@ def check_config(config: Config) -> list[str]:
     _check_model(config)
     _check_local_epochs(config)
     _check_server_optimizer(config)
+    _check_control_variates(config)
     _check_client_generator(config)
     for name, searched in config.search.space.items():
         _check_range(name, searched)
@@ -143,6 +144,31 @@ def _check_server_optimizer(config: Config) -> None:
             f"feda2v.server_optimizer is {settings.server_optimizer} but feda2v.adapter_aggregation_mode is none, "
             "which sends the server no change to step along; aggregate (weighted, avg, ...), or set server_optimizer "
             "to none"
+        )
+
+
+def _check_control_variates(config: Config) -> None:
+    """SCAFFOLD reads the mean gradient off the way that a client went, and corrects clients that are averaged."""
+    training = config.training
+    if not training.control_variates:
+        return
+    if training.optimizer != "SGD" or training.momentum:
+        given = f"optimizer is {training.optimizer}" + (
+            f" with momentum {training.momentum:g}" * bool(training.momentum)
+        )
+        raise ConfigError(
+            f"training.control_variates is true and training.{given}, but a client's variate is the mean gradient of "
+            "plain steps; set optimizer to SGD and momentum to 0"
+        )
+    if config.feda2v.adapter_aggregation_mode == "none":
+        raise ConfigError(
+            "training.control_variates is true but feda2v.adapter_aggregation_mode is none: clients that are never "
+            "averaged don't drift from an average; aggregate (avg, weighted, ...), or set control_variates to false"
+        )
+    if not config.federation.local_epochs:
+        raise ConfigError(
+            "training.control_variates is true but federation.local_epochs is 0: clients that take no steps have none "
+            "to correct; set local_epochs to at least 1, or control_variates to false"
         )
 
 

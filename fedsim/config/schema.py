@@ -186,6 +186,11 @@ class Training(Section):
     contrastive_weight: float = key(0.0, "weight of the contrastive term (cosine to all class targets)", ge=0)
     contrastive_temperature: float = key(0.07, "temperature of the contrastive term", gt=0)
     proximal_weight: float = key(0.0, "FedProx: weight of |theta - global|^2 / 2 in a client's loss", ge=0)
+    control_variates: bool = key(
+        False,
+        "SCAFFOLD: every client keeps a control variate between rounds, which corrects its (clipped) gradients; asks "
+        "for optimizer SGD without momentum",
+    )
     precision: Literal["float32", "bfloat16"] = key(
         "float32", "of the matrix products in local training; bfloat16 by autocast, weights and sums stay float32"
     )

@@ -31,7 +31,7 @@ class OwnBlocks(Sequence[Block]):
     Args:
         blocks: the cohort's blocks.
         store: what clients keep.
-        newcomer: flat tensors [P] that a client starts from in its first round.
+        newcomer: flat tensors [P] that a client has in its first round.
     """
 
     def __init__(self, blocks: Sequence[Block], store: ClientStore, newcomer: np.ndarray) -> None:
@@ -152,15 +152,49 @@ class OwnRows:
         """Nothing to give back."""
 
 
+class KeptRows:
+    """Every client's control variate, put into the client store; what else a block brings goes to another joining.
+
+    Args:
+        store: what clients keep.
+        joining: of the aggregator.
+    """
+
+    def __init__(self, store: ClientStore, joining: Joining) -> None:
+        store.discard()  # what a round that failed has left
+        self._store, self._joining = store, joining
+
+    def add(self, update: BlockUpdate, block: Block) -> None:
+        """Write the block's rows, and join the rest."""
+        assert update.kept is not None
+        self._store.put(block.client_ids, update.kept)
+        self._joining.add(update, block)
+
+    def lose(self, index: int) -> None:
+        """Lost clients keep what they had."""
+        self._joining.lose(index)
+
+    def joined(self) -> Joined:
+        """What the aggregator gets."""
+        return self._joining.joined()
+
+    def close(self) -> None:
+        """Give back what the round took."""
+        self._joining.close()
+
+
 def make_joining(
     aggregator: Aggregator, store: ClientStore | None, *, folder: Path, num_clients: int, row_size: int, block_size: int
 ) -> Joining:
-    """What the aggregator asks for; `store` where it keeps clients apart."""
-    if store is not None:
+    """What the aggregator asks for; `store` where it keeps clients apart or they keep control variates."""
+    if store is not None and aggregator.keeps_clients_apart:
         return OwnRows(store)
+    joining: Joining
     if aggregator.needs_updates:
-        return AllUpdates(folder, num_clients=num_clients, row_size=row_size, block_size=block_size)
-    return SummedUpdates(-(-num_clients // block_size))
+        joining = AllUpdates(folder, num_clients=num_clients, row_size=row_size, block_size=block_size)
+    else:
+        joining = SummedUpdates(-(-num_clients // block_size))
+    return joining if store is None else KeptRows(store, joining)
 
 
 class Numbers:

@@ -197,6 +197,8 @@ def _client_costs(setup: Setup, cohort: np.ndarray) -> tuple[float, float]:
         numbers += 2.0 * classes * (2 * encoder.segments * encoder.dim + outputs)
     if make_aggregator(config.feda2v.adapter_aggregation_mode).needs_updates:
         numbers += 4.0 * parameters
+    if config.training.control_variates:
+        numbers += 4.0 * parameters
     return flops, 4.0 * numbers
 
 
