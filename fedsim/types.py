@@ -43,7 +43,8 @@ class Broadcast:
         evaluate_clients: clients measure loss and accuracy on their own recordings before and after training; where
             they don't, those numbers are NaN.
         extra: what else clients are told, by name: "basis" (see `algorithms.within_class`); "deviation" and
-            "generator.*" (see `algorithms.client_generator`); "variate.*" (see `algorithms.control_variates`).
+            "generator.*" (see `algorithms.client_generator`); "variate.*" (see `algorithms.control_variates`);
+            "prototype.*" and "prototype_known" (see `algorithms.prototypes`).
     """
 
     round_number: int

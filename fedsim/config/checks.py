@@ -128,7 +128,12 @@ def _check_model(config: Config) -> None:
 
 
 def _check_local_epochs(config: Config) -> None:
-    """Where clients don't train, the server has to."""
+    """Where clients don't train, the server has to, and nothing can be added to their loss."""
+    if not config.federation.local_epochs and config.training.prototype_weight:
+        raise ConfigError(
+            f"training.prototype_weight is {config.training.prototype_weight:g} but federation.local_epochs is 0: "
+            "clients that don't train aren't drawn to prototypes; set local_epochs to at least 1, or the weight to 0"
+        )
     if not config.federation.local_epochs and not config.feda2v.global_model_train:
         raise ConfigError(
             "federation.local_epochs is 0 and feda2v.global_model_train is false, so nothing would be trained; set "

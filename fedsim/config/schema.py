@@ -191,6 +191,12 @@ class Training(Section):
         "SCAFFOLD: every client keeps a control variate between rounds, which corrects its (clipped) gradients; asks "
         "for optimizer SGD without momentum",
     )
+    prototype_weight: float = key(
+        0.0,
+        "FedProto: weight of the error to the class's prototype (the clients' mean output in earlier rounds) in a "
+        "client's loss; a client tells of classes with privacy.min_count recordings",
+        ge=0,
+    )
     precision: Literal["float32", "bfloat16"] = key(
         "float32", "of the matrix products in local training; bfloat16 by autocast, weights and sums stay float32"
     )

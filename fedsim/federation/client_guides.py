@@ -1,4 +1,4 @@
-"""What guides clients' steps beside the adapter they start from: the control variates of SCAFFOLD.
+"""What guides clients' steps beside the adapter they start from: SCAFFOLD's control variates, FedProto's prototypes.
 
 The server's part of it is told with every broadcast as it stands after the last round, and belongs to its state.
 """
@@ -9,9 +9,10 @@ import numpy as np
 
 from fedsim.algorithms.aggregation import Aggregator
 from fedsim.algorithms.control_variates import first_variate, next_variate
+from fedsim.algorithms.prototypes import next_prototypes
 from fedsim.config.schema import Config
 from fedsim.data.partition import Partition
-from fedsim.types import AdapterState
+from fedsim.types import AdapterState, ClassStats
 
 AT_ONCE = 2**20
 """Clients of a population whose recordings are counted together."""
@@ -24,19 +25,22 @@ class ClientGuides:
         config: the run's configuration.
         aggregator: weighs the clients.
         partition: the population.
+        num_classes: of the prototypes.
     """
 
-    def __init__(self, config: Config, aggregator: Aggregator, partition: Partition) -> None:
-        self._variates = config.training.control_variates
+    def __init__(self, config: Config, aggregator: Aggregator, partition: Partition, num_classes: int) -> None:
+        self._variates, self._prototypes = config.training.control_variates, config.training.prototype_weight > 0
+        self._num_classes = num_classes
         self._weight = _population_weight(aggregator, partition) if self._variates else 0.0
 
     def extra(self, known: AdapterState, adapter: AdapterState) -> AdapterState:
         """What clients that start from `adapter` are told, by name, from what is known after the last round."""
-        return known or (first_variate(adapter) if self._variates else {})
+        return (first_variate(adapter) if self._variates else {}) | known
 
-    def learn(self, told: AdapterState, sums: AdapterState) -> AdapterState:
-        """What is known after a round, from what was told in it and what the cohort has added up."""
-        return next_variate(told, sums, self._weight) if self._variates else {}
+    def learn(self, told: AdapterState, sums: AdapterState, stats: ClassStats) -> AdapterState:
+        """What is known after a round, from what was told in it, what the cohort has added up, and its statistics."""
+        variates = next_variate(told, sums, self._weight) if self._variates else {}
+        return variates | (next_prototypes(told, stats, self._num_classes) if self._prototypes else {})
 
 
 def _population_weight(aggregator: Aggregator, partition: Partition) -> float:

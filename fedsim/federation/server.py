@@ -85,7 +85,7 @@ class Server:
             momentum=settings.server_momentum,
             adaptivity=settings.server_adaptivity,
         )
-        self._guides = ClientGuides(self.config, self.aggregator, setup.partition)
+        self._guides = ClientGuides(self.config, self.aggregator, setup.partition, len(setup.class_names))
         self._require_enough()
         self._folder = run_dir or _temporary_folder(self)
         self._expected = Expected(
@@ -120,7 +120,7 @@ class Server:
                 averaged, moments = self.optimizer.step(state.adapter, averaged, state.server_optimizer)
                 stats = numbers.stats()
                 learnt = self._learn(numbers.sums(), broadcast)
-                guides = self._guides.learn(broadcast.extra, numbers.sums())
+                guides = self._guides.learn(broadcast.extra, numbers.sums(), stats)
         stepped = self._step.run(averaged, stats, state.buffer, learnt, clock)
         metrics = stepped.metrics | numbers.metrics()
         if broadcast.evaluate_clients:

@@ -26,6 +26,7 @@ from fedsim.algorithms.local_training import (
     weighted_deltas,
 )
 from fedsim.algorithms.optimizers import StackParams
+from fedsim.algorithms.prototypes import with_prototypes
 from fedsim.algorithms.statistics import LocalEvaluation, empty_stats, evaluate_stack
 from fedsim.config.schema import Config
 from fedsim.errors import ClientError
@@ -138,7 +139,7 @@ class StackTrainer:
         params = self._start(own, broadcast, len(data))
         wanted, with_stats, basis = (
             broadcast.evaluate_clients,
-            self._config.feda2v.global_model_train,
+            self._config.feda2v.global_model_train or self._config.training.prototype_weight > 0,
             broadcast.extra.get("basis"),
         )
         if self.how.local_epochs:
@@ -192,7 +193,7 @@ class StackTrainer:
             self._parts.model,
             params,
             batches,
-            objective=self._parts.objective,
+            objective=with_prototypes(self._parts.objective, broadcast.extra, self._config.training.prototype_weight),
             how=self.how,
             buffers=self._buffers,
             most_steps=most_steps,

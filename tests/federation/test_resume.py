@@ -22,6 +22,7 @@ from fedsim.models.saved import digest
 
 NO_STEP = "feda2v.global_model_train=false"
 SCAFFOLD = (NO_STEP, "training.optimizer=SGD", "training.control_variates=true")
+FEDPROTO = ("training.prototype_weight=0.5",)
 VARIANTS = {
     "vae": SERVER_STEP,
     "vae on moments": (*SERVER_STEP, "feda2v.generator_rows=moments"),
@@ -42,6 +43,8 @@ VARIANTS = {
     "yogi": (*SERVER_STEP, "feda2v.server_optimizer=yogi", "feda2v.server_learning_rate=0.01"),
     "scaffold": (*SCAFFOLD, "federation.cohort_size=4"),
     "scaffold with server step": (*SERVER_STEP, *SCAFFOLD[1:], "feda2v.adapter_aggregation_mode=median"),
+    "fedproto": (NO_STEP, *FEDPROTO, "feda2v.adapter_aggregation_mode=none", "federation.cohort_size=4"),
+    "fedproto and scaffold": (*SERVER_STEP, *FEDPROTO, *SCAFFOLD[1:]),
     "server only": (*SERVER_STEP, "federation.local_epochs=0", "federation.cohort_size=3"),
     "momentum": (NO_STEP, "feda2v.server_optimizer=momentum", "federation.cohort_size=3"),
 }
