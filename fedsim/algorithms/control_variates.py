@@ -57,7 +57,7 @@ class ControlVariates:
         start: Mapping[str, Tensor],
         *,
         steps: np.ndarray,
-        learning_rate: float,
+        rate: float,
         weights: np.ndarray,
     ) -> tuple[np.ndarray, AdapterState]:
         """What clients keep from now on, and what they add up for the server.
@@ -66,7 +66,7 @@ class ControlVariates:
             params: y_k of every client.
             start: x.
             steps: T of every client [K].
-            learning_rate: rate.
+            rate: of a step.
             weights: w_k [K].
 
         Returns:
@@ -76,7 +76,7 @@ class ControlVariates:
         rows, sums = [], {}
         for name, p in sorted(multiplied_out(params).items()):
             ones = (1,) * (p.ndim - 1)
-            way = torch.from_numpy((steps * learning_rate).astype(np.float32)).to(p.device).view(-1, *ones)
+            way = torch.from_numpy((steps * rate).astype(np.float32)).to(p.device).view(-1, *ones)
             factor = torch.from_numpy(weights.astype(np.float32)).to(p.device).view(-1, *ones)
             new = (start[name] - p) / way - self.corrections[name]
             sums[PREFIX + name] = tree_sum_((new - self.own[name]).mul_(factor)).cpu().clone()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedsim.algorithms.aggregation import tree_sum_
-from fedsim.algorithms.batches import Batch, Batches
+from fedsim.algorithms.batches import Batch, Batches, num_batches
 from fedsim.algorithms.client_model import ENCODER, ClientModel
 from fedsim.algorithms.control_variates import correct_
 from fedsim.algorithms.optimizers import Gradients, StackParams, clip_, make_optimizer
@@ -48,6 +48,10 @@ class LocalTraining:
         """Whether a step only adds a multiple of the loss's gradient (plain SGD)."""
         others = self.momentum or self.weight_decay or self.proximal_weight or self.control_variates
         return self.optimizer == "SGD" and not others
+
+    def steps(self, counts: np.ndarray) -> np.ndarray:
+        """Steps of clients with so many recordings [K]."""
+        return self.local_epochs * num_batches(counts, self.batch_size)
 
 
 class RowLoss(Protocol):

@@ -29,6 +29,7 @@ def check_config(config: Config) -> list[str]:
     _check_local_epochs(config)
     _check_server_optimizer(config)
     _check_control_variates(config)
+    _check_distillation(config)
     _check_client_generator(config)
     for name, searched in config.search.space.items():
         _check_range(name, searched)
@@ -177,6 +178,30 @@ def _check_control_variates(config: Config) -> None:
         )
 
 
+def _check_distillation(config: Config) -> None:
+    """Clients are distilled on rows of the generator, which their adapters understand alike."""
+    settings, mode = config.feda2v, "feda2v.adapter_aggregation_mode is kd"
+    if settings.adapter_aggregation_mode != "kd":
+        return
+    if not (settings.use_generator and settings.global_model_train):
+        name = "global_model_train" if settings.use_generator else "use_generator"
+        raise ConfigError(
+            f"{mode} but feda2v.{name} is false: clients are distilled on rows of a trained generator; set "
+            "use_generator and global_model_train to true, or the mode to weighted"
+        )
+    if not config.federation.local_epochs:
+        raise ConfigError(
+            f"{mode} but federation.local_epochs is 0: clients that don't train have nothing to be distilled; set "
+            "local_epochs to at least 1, or the mode to weighted"
+        )
+    trainable = config.model.audio_encoder.trainable
+    if trainable != "none":
+        raise ConfigError(
+            f"{mode} and model.audio_encoder.trainable is {trainable!r}: adapters of clients with encoders of their "
+            "own don't read the same embeddings; set trainable to none, or the mode to weighted"
+        )
+
+
 def _check_client_generator(config: Config) -> None:
     """Clients train residuals of embeddings that stay as they are."""
     settings, trainable = config.feda2v, config.model.audio_encoder.trainable
@@ -241,6 +266,12 @@ def _warnings(config: Config) -> list[str]:
             f"feda2v.server_learning_rate is {settings.server_learning_rate:g} with {settings.server_optimizer}: "
             f"weights may move by about that in a round; 0.001 to 0.1 is usual"
         )
+    if settings.adapter_aggregation_mode != "kd":
+        found += [
+            f"feda2v.{name} has no effect: adapter_aggregation_mode is {settings.adapter_aggregation_mode}"
+            for name in ("kd_epochs", "kd_learning_rate", "kd_samples_per_class")
+            if getattr(settings, name) != FedA2V.model_fields[name].default
+        ]
     if config.privacy.min_count == 1:
         found.append(
             "privacy.min_count is 1: the statistics of a class with one recording are that recording's embedding"

@@ -211,10 +211,16 @@ class Training(Section):
 class FedA2V(Section):
     """Aggregation, generator and refinement: the server's part."""
 
-    adapter_aggregation_mode: Literal["none", "avg", "weighted", "median", "trimmed_mean", "krum"] = key(
+    adapter_aggregation_mode: Literal["none", "avg", "weighted", "median", "trimmed_mean", "krum", "kd"] = key(
         "none",
         "clients keep their own adapters; mean; mean weighted by recordings; or one that withstands wrong updates: "
-        "coordinate-wise median, trimmed mean, Krum",
+        "coordinate-wise median, trimmed mean, Krum; kd: the weighted mean, into which the server distils the clients "
+        "on the generator's rows",
+    )
+    kd_epochs: int = key(10, "kd: passes over the rows that clients are distilled on", "epochs", ge=1)
+    kd_learning_rate: float = key(1e-3, "kd: learning rate of the distillation (AdamW)", gt=0)
+    kd_samples_per_class: int = key(
+        100, "kd: rows that the generator makes for every class of a round", "rows", ge=1, le=1_000_000
     )
     trim_share: float = key(
         0.1, "trimmed_mean: share of the clients left out at each end of every coordinate", ge=0, lt=0.5

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fedsim.algorithms.aggregation import SumTree
-from fedsim.algorithms.batches import ClientRows, num_batches
+from fedsim.algorithms.batches import ClientRows
 from fedsim.algorithms.row_sample import sample_rows
 from fedsim.errors import ClientError, FedsimError
 from fedsim.federation.memory import keep_freed_memory
@@ -89,7 +89,7 @@ class BlockTrainer:
 
     def _train(self, block: Block, broadcast: Broadcast, data: ClientRows) -> BlockUpdate:
         start = time.perf_counter()
-        most_steps = self._stacks.how.local_epochs * int(num_batches(data.counts[-1:], self._stacks.how.batch_size)[0])
+        most_steps = int(self._stacks.how.steps(data.counts[-1:])[0])
         costs = self._stacks.costs(broadcast, most_steps=most_steps, own=block.own is not None)
         # Outer products are added in groups of a fixed size; in smaller ones the sum would have other bits.
         least = SUM_GROUP if costs.may_share else 1

@@ -111,18 +111,23 @@ class AllUpdates:
 
     def __init__(self, folder: Path, *, num_clients: int, row_size: int, block_size: int) -> None:
         self._matrix, self._block_size = UpdateMatrix(folder, num_rows=num_clients, row_size=row_size), block_size
+        self._clients, self._counts = np.full(num_clients, -1), np.zeros(num_clients, dtype=np.int64)
 
     def add(self, update: BlockUpdate, block: Block) -> None:
         """Write the block's rows."""
         assert update.updates is not None
-        self._matrix.put(update.index * self._block_size, update.updates)
+        start = update.index * self._block_size
+        self._matrix.put(start, update.updates)
+        self._clients[start : start + len(block.client_ids)] = block.client_ids
+        self._counts[start : start + len(block.client_ids)] = update.metrics.num_examples
 
     def lose(self, index: int) -> None:
         """Rows that were not put are left out."""
 
     def joined(self) -> Joined:
         """The matrix, by columns."""
-        return Joined(columns=self._matrix)
+        arrived = self._clients >= 0
+        return Joined(columns=self._matrix, clients=self._clients[arrived], counts=self._counts[arrived])
 
     def close(self) -> None:
         """Give the disk space back."""

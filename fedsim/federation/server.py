@@ -20,6 +20,7 @@ import torch
 
 from fedsim.algorithms.aggregation import make_aggregator
 from fedsim.algorithms.batches import padding_share
+from fedsim.algorithms.distillation import client_states
 from fedsim.algorithms.sampling import order_cohort, sample_cohort
 from fedsim.algorithms.server_optimizer import make_server_optimizer
 from fedsim.errors import ConfigError, QuorumError
@@ -116,12 +117,14 @@ class Server:
             with clock("train"):
                 lost = self._train(blocks, broadcast, joining, numbers, clock)
             with clock("aggregate"):
-                averaged = self.aggregator.step(state.adapter, joining.joined())
+                joined = joining.joined()
+                averaged = self.aggregator.step(state.adapter, joined)
                 averaged, moments = self.optimizer.step(state.adapter, averaged, state.server_optimizer)
                 stats = numbers.stats()
                 learnt = self._learn(numbers.sums(), broadcast)
                 guides = self._guides.learn(broadcast.extra, numbers.sums(), stats)
-        stepped = self._step.run(averaged, stats, state.buffer, learnt, clock)
+            teachers = client_states(joined, state.adapter)
+            stepped = self._step.run(averaged, stats, state.buffer, learnt, clock, teachers)
         metrics = stepped.metrics | numbers.metrics()
         if broadcast.evaluate_clients:
             metrics |= self.held_out.measure(

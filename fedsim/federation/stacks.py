@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsim.algorithms.aggregation import make_aggregator
-from fedsim.algorithms.batches import ClientRows, num_batches, training_batches
+from fedsim.algorithms.batches import ClientRows, training_batches
 from fedsim.algorithms.client_generator import PREFIX, ClientGenerators
 from fedsim.algorithms.client_model import embed
 from fedsim.algorithms.control_variates import ControlVariates, variates_of
@@ -137,11 +137,8 @@ class StackTrainer:
         if own is not None and self.how.control_variates:
             variates, own = variates_of(own, broadcast.extra, broadcast.adapter), None
         params = self._start(own, broadcast, len(data))
-        wanted, with_stats, basis = (
-            broadcast.evaluate_clients,
-            self._config.feda2v.global_model_train or self._config.training.prototype_weight > 0,
-            broadcast.extra.get("basis"),
-        )
+        wanted, basis = broadcast.evaluate_clients, broadcast.extra.get("basis")
+        with_stats = self._config.feda2v.global_model_train or self._config.training.prototype_weight > 0
         if self.how.local_epochs:
             before = self._evaluate(params, data) if wanted else None
             losses = self._steps(params, data, broadcast, most_steps, variates)
@@ -151,7 +148,10 @@ class StackTrainer:
             losses = after.loss
         held_out = self._held_out_accuracy(params, broadcast, len(data))
         weights = self._aggregator.weight(data.counts)
-        kept, changes = self._renewed(variates, params, data, broadcast, weights)
+        kept, changes = None, dict[str, Tensor]()
+        if variates is not None:
+            steps, rate = self.how.steps(data.counts), self.how.learning_rate
+            kept, changes = variates.renewed(params, broadcast.adapter, steps=steps, rate=rate, weights=weights)
         updates = self._updates(params, broadcast) if self._aggregator.needs_updates else None
         delta_sum = weighted_deltas(params, broadcast.adapter, weights) if updates is None else None
         if not (np.isfinite(losses).all() and _finite(delta_sum, updates)):
@@ -199,21 +199,6 @@ class StackTrainer:
             most_steps=most_steps,
             corrections=None if variates is None else variates.corrections,
         )
-
-    def _renewed(
-        self,
-        variates: ControlVariates | None,
-        params: StackParams,
-        data: ClientRows,
-        broadcast: Broadcast,
-        weights: np.ndarray,
-    ) -> tuple[np.ndarray | None, AdapterState]:
-        """Clients' new control variates as rows [K, P] and what they add up; nothing where they have none."""
-        if variates is None:
-            return None, {}
-        steps = self.how.local_epochs * num_batches(data.counts, self.how.batch_size)
-        rate = self.how.learning_rate
-        return variates.renewed(params, broadcast.adapter, steps=steps, learning_rate=rate, weights=weights)
 
     def _evaluate(
         self, params: StackParams, data: ClientRows, *, with_stats: bool = False, basis: Tensor | None = None

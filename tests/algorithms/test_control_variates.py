@@ -52,7 +52,7 @@ def round_of(x, told, own, clients, weights, how):
         Parabola(), params, batches, objective=AsItIs(), how=how, buffers=Buffers(), corrections=variates.corrections
     )
     steps = how.local_epochs * num_batches(data.counts, how.batch_size)
-    rows, sums = variates.renewed(params, x, steps=steps, learning_rate=RATE, weights=weights)
+    rows, sums = variates.renewed(params, x, steps=steps, rate=RATE, weights=weights)
     change = weighted_deltas(params, x, weights)["w"] / weights.sum()
     return {"w": x["w"] + change}, rows, sums
 

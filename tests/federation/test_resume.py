@@ -45,6 +45,7 @@ VARIANTS = {
     "scaffold with server step": (*SERVER_STEP, *SCAFFOLD[1:], "feda2v.adapter_aggregation_mode=median"),
     "fedproto": (NO_STEP, *FEDPROTO, "feda2v.adapter_aggregation_mode=none", "federation.cohort_size=4"),
     "fedproto and scaffold": (*SERVER_STEP, *FEDPROTO, *SCAFFOLD[1:]),
+    "kd": (*SERVER_STEP, "feda2v.adapter_aggregation_mode=kd", "feda2v.kd_epochs=2", "feda2v.kd_samples_per_class=4"),
     "server only": (*SERVER_STEP, "federation.local_epochs=0", "federation.cohort_size=3"),
     "momentum": (NO_STEP, "feda2v.server_optimizer=momentum", "federation.cohort_size=3"),
 }
