@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
-from clients import plain_sgd, steps_of
+from clients import AsItIs, Parabola, parabolas, plain_sgd, steps_of
 
-from fedsim.algorithms.batches import ClientRows, num_batches
+from fedsim.algorithms.batches import num_batches
 from fedsim.algorithms.control_variates import PREFIX, first_variate, next_variate, variates_of
 from fedsim.algorithms.local_training import Buffers, shared_start, train_stack, weighted_deltas
 
@@ -18,33 +16,9 @@ COUNTS = np.array([1, 2, 6])  # two steps an epoch for the last one
 SLOPES, OPTIMA = np.array([1.0, 4.0, 2.0]), np.array([3.0, -1.0, 0.5])
 
 
-@dataclass
-class Parabola:
-    """Loss slope / 2 (w - optimum)^2 of a row (slope, optimum)."""
-
-    max_clients: int | None = None
-
-    def forward(self, params, inputs, lengths):
-        return inputs, {"loss": inputs[..., 0] / 2 * (params["w"] - inputs[..., 1]).square()}
-
-
-class AsItIs:
-    def loss_rows(self, outputs, labels):
-        return outputs["loss"]
-
-
-def stack_of(clients) -> ClientRows:
-    clients = np.asarray(clients)
-    rows = [[SLOPES[k], OPTIMA[k]] for k in clients for _ in range(COUNTS[k])]
-    none = torch.zeros(len(rows), dtype=torch.int64)
-    return ClientRows(
-        clients, COUNTS[clients], np.arange(len(rows)), torch.tensor(rows, dtype=torch.float32), none, none
-    )
-
-
 def round_of(x, told, own, clients, weights, how):
     """A round in fedsim: mean change, new variates [K, 1], sums."""
-    data = stack_of(clients)
+    data = parabolas(clients, COUNTS, SLOPES, OPTIMA)
     variates = variates_of(own, told, x)
     params = shared_start(x, len(data))
     batches = steps_of(data, how)
