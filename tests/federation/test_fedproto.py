@@ -55,7 +55,7 @@ def test_the_first_round_knows_none_and_the_second_is_pulled(setup, mode):
 def test_clients_agree_more_on_their_classes_the_more_they_are_pulled(setup):
     def disagreement(weight):
         options = (*PROPER, f"training.prototype_weight={weight}", "privacy.min_count=1", "federation.local_epochs=4")
-        server, _ = run(reconfigured(setup, *options), 4)
+        server, _ = run(reconfigured(setup, *options), 3)
         spread = []
         rows = torch.from_numpy(server.clients.rows(np.arange(7), np.float32(0)))
         states = [unflatten_state(row, server.state.adapter) for row in rows]
