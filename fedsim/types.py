@@ -43,7 +43,8 @@ class Broadcast:
         evaluate_clients: clients measure loss and accuracy on their own recordings before and after training; where
             they don't, those numbers are NaN.
         extra: what else clients are told, by name: "basis" (see `algorithms.within_class`); "deviation" and
-            "generator.*" (see `algorithms.client_generator`).
+            "generator.*" (see `algorithms.client_generator`); "variate.*" (see `algorithms.control_variates`);
+            "prototype.*" and "prototype_known" (see `algorithms.prototypes`).
     """
 
     round_number: int
@@ -62,8 +63,8 @@ class Block:
         index: position of the block in the cohort's summation tree (block i holds cohort positions
             i * block_size ... (i + 1) * block_size - 1).
         client_ids: the clients [K], int64, in cohort order.
-        own: where the aggregator keeps clients apart (`none`): the tensors each client starts from, as flat rows
-            [K, P] (see `flatten_state`); None: all start from the broadcast.
+        own: what the clients keep, as flat rows [K, P] (see `flatten_state`): the tensors each starts from where the
+            aggregator keeps clients apart (`none`), else their control variates; None: nothing.
     """
 
     index: int
@@ -254,7 +255,9 @@ class BlockUpdate:
             clients are kept apart, else local - global; None when the sum is all that is needed.
         seconds: wall time of the block's training.
         sums: what the block's clients add up beside their deltas, along the fixed tree, by name; what `Broadcast.extra`
-            asks for: "product", "diagonal" and "freedom" for a basis, "generator.*" and "generator_weight".
+            asks for: "product", "diagonal" and "freedom" for a basis, "generator.*" and "generator_weight", and
+            "variate.*".
+        kept: the clients' new control variates [K, P], float32; None where they keep none.
     """
 
     index: int
@@ -265,6 +268,7 @@ class BlockUpdate:
     updates: np.ndarray | None
     seconds: float
     sums: AdapterState = field(default_factory=dict)
+    kept: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def test_dataset_alone_becomes_data(caplog: pytest.LogCaptureFixture) -> None:
         ("nodes", "0", {"dataset": "VEGAS"}, "CSV manifest"),
         ("nodes", "1", {"dataset": "ESC50", "diffusion_type": "sd"}, "nodes.1.diffusion_type is 'sd'"),
         ("nodes", "1", {"dataset": "ESC50", "selected_class": []}, "did you mean 'nodes.1.selected_classes'"),
-        ("feda2v", "adapter_aggregation_mode", "kd", "one of none, avg, weighted"),
+        ("feda2v", "adapter_aggregation_mode", "kdd", "one of none, avg, weighted"),
         ("federation", "diffusion_type", "cogx", "nodes.0.diffusion_type"),
     ],
 )

@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 FOLDS = (1, 2, 3, 4, 5)
 
 NO_SERVER_STEP = ("feda2v.use_generator=false", "feda2v.global_model_train=false")
+SGD = ("training.optimizer=SGD", "training.learning_rate=0.3", "training.weight_decay=0")
 CONTRASTIVE = ("training.contrastive_weight=1",)
 EXTRA_EPOCHS = "federation.local_epochs=23"  # a refinement is about 26 steps, 3 local epochs are about 4
 
@@ -39,6 +40,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     "FedAvg": NO_SERVER_STEP,
     "FedAvg, extra steps": (*NO_SERVER_STEP, EXTRA_EPOCHS),
     "FedProx, extra steps": (*NO_SERVER_STEP, EXTRA_EPOCHS, "training.proximal_weight=0.01"),
+    "FedAvg with SGD, extra steps": (*NO_SERVER_STEP, *SGD, EXTRA_EPOCHS),
+    "SCAFFOLD, extra steps": (*NO_SERVER_STEP, *SGD, EXTRA_EPOCHS, "training.control_variates=true"),
+    "FedProto, extra steps": (*NO_SERVER_STEP, EXTRA_EPOCHS, "training.prototype_weight=1"),
+    "local only": (*NO_SERVER_STEP, "feda2v.adapter_aggregation_mode=none"),
     "FedAvg + contrastive": (*NO_SERVER_STEP, *CONTRASTIVE),
     "replay": generator("replay"),
     "gaussian": generator("gaussian"),

@@ -106,11 +106,15 @@ class Joined:
         weight_sum: sum of the weights.
         columns: every client's delta as chunks of columns [n, w], left to right, n clients in cohort order, P columns
             in all (see `flatten_state`); may be walked several times. Empty where the sum is enough.
+        clients: their ids [n].
+        counts: their recordings [n].
     """
 
     delta_sum: AdapterState = field(default_factory=dict)
     weight_sum: float = 0.0
     columns: Iterable[np.ndarray] = ()
+    clients: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 class Aggregator(Protocol):
@@ -177,6 +181,23 @@ class Apart:
         return adapter
 
 
+class Ensemble:
+    """`kd`: theta' starts at `weighted`'s, and the server distils the clients into it (see `distillation`)."""
+
+    keeps_clients_apart, needs_updates, min_clients = False, True, 1
+
+    def weight(self, counts: np.ndarray) -> np.ndarray:
+        """n_k, the client's recordings."""
+        return np.asarray(counts, dtype=np.float64)
+
+    def step(self, adapter: AdapterState, joined: Joined) -> AdapterState:
+        """Mean weighted by recordings."""
+        shares = joined.counts / joined.counts.sum()
+        means = [np.einsum("n,nw->w", shares, chunk, dtype=np.float64) for chunk in joined.columns]
+        delta = unflatten_state(torch.from_numpy(np.concatenate(means).astype(np.float32)), adapter)
+        return {name: tensor + delta[name] for name, tensor in adapter.items()}
+
+
 class Robust:
     """`median`, `trimmed_mean`, `krum`: theta' = theta + an estimate of the centre of the deltas, unweighted.
 
@@ -209,6 +230,7 @@ AGGREGATORS: Mapping[str, Callable[[float, int], Aggregator]] = {
     "avg": lambda trim_share, byzantine: Average(),
     "weighted": lambda trim_share, byzantine: Weighted(),
     "none": lambda trim_share, byzantine: Apart(),
+    "kd": lambda trim_share, byzantine: Ensemble(),
     "median": lambda trim_share, byzantine: Robust(median),
     "trimmed_mean": lambda trim_share, byzantine: Robust(partial(trimmed_mean, trim_share=trim_share)),
     "krum": lambda trim_share, byzantine: Robust(partial(krum, byzantine=byzantine), min_clients=2 * byzantine + 3),

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from fedsim.algorithms.aggregation import tree_sum_
-from fedsim.algorithms.batches import Batch, Batches
+from fedsim.algorithms.batches import Batch, Batches, num_batches
 from fedsim.algorithms.client_model import ENCODER, ClientModel
+from fedsim.algorithms.control_variates import correct_
 from fedsim.algorithms.optimizers import Gradients, StackParams, clip_, make_optimizer
 from fedsim.models.adapters.layers import is_linear_weight
 from fedsim.models.adapters.shared_weight import OuterProduct, SharedWeight
@@ -40,11 +41,17 @@ class LocalTraining:
     local_epochs: int
     precision: str = "float32"
     proximal_weight: float = 0.0
+    control_variates: bool = False
 
     @property
     def linear_steps(self) -> bool:
         """Whether a step only adds a multiple of the loss's gradient (plain SGD)."""
-        return self.optimizer == "SGD" and not (self.momentum or self.weight_decay or self.proximal_weight)
+        others = self.momentum or self.weight_decay or self.proximal_weight or self.control_variates
+        return self.optimizer == "SGD" and not others
+
+    def steps(self, counts: np.ndarray) -> np.ndarray:
+        """Steps of clients with so many recordings [K]."""
+        return self.local_epochs * num_batches(counts, self.batch_size)
 
 
 class RowLoss(Protocol):
@@ -97,6 +104,7 @@ def train_stack(
     how: LocalTraining,
     buffers: Buffers,
     most_steps: int | None = None,
+    corrections: Mapping[str, Tensor] | None = None,
 ) -> np.ndarray:
     """Train every client of a stack, in place.
 
@@ -109,6 +117,7 @@ def train_stack(
         buffers: memory for the weights and the optimiser's state.
         most_steps: steps by which `keeps_factors` decides (default: the longest client's), so that a part of a stack
             is trained as the whole one would have been.
+        corrections: what is added to every client's clipped gradients, by name [K, ...] (see `control_variates`).
 
     Returns:
         Mean loss of each client over its last local epoch [K].
@@ -135,6 +144,8 @@ def train_stack(
         if step == 0:
             _multiply_out(params, grads, steps=most_steps or int(steps[-1]), how=how, buffers=buffers)
             active = {name: p[first:] for name, p in params.items()}
+        if corrections is not None:
+            correct_(grads, corrections, first)
         optimizer.step(active, grads, first, clients=len(steps))
         losses[first:] += torch.where(last_epoch[first:] <= step, loss * batch.rows, 0.0)
     mean: np.ndarray = losses.cpu().numpy() / batches.data.counts

@@ -21,7 +21,9 @@ TIE = 1e-9
 
 
 def median(columns: Iterable[np.ndarray]) -> np.ndarray:
-    """Median of every coordinate; of an even number of clients the mean of the middle two.
+    """Median of every coordinate; of an even number of clients the mean of the middle two (Yin et al., Definition 1).
+
+    With the values sorted, u_(1) <= ... <= u_(n), it is (u_(floor((n + 1) / 2)) + u_(floor(n / 2) + 1)) / 2.
 
     Args:
         columns: chunks [n, w] of the updates, left to right, n >= 1.
@@ -39,7 +41,9 @@ def median(columns: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def trimmed_mean(columns: Iterable[np.ndarray], *, trim_share: float) -> np.ndarray:
-    """Mean of every coordinate without its `floor(trim_share * n)` smallest and as many largest values.
+    """Mean of every coordinate without its b = floor(trim_share * n) smallest and largest values (Definition 2).
+
+    With the values sorted it is (u_(b + 1) + ... + u_(n - b)) / (n - 2 b).
 
     Args:
         columns: chunks [n, w] of the updates, left to right, n >= 1.
@@ -59,6 +63,8 @@ def trimmed_mean(columns: Iterable[np.ndarray], *, trim_share: float) -> np.ndar
 
 def krum(columns: Iterable[np.ndarray], *, byzantine: int) -> np.ndarray:
     """The update whose n - f - 2 nearest neighbours are nearest: the smallest sum of squared distances to them.
+
+    s(i) = sum of |u_i - u_j|^2 over the n - f - 2 updates j nearest to i; the update of the smallest s(i) is taken.
 
     Of equal scores (two clients that are each other's nearest, to a billionth) the smaller update is taken.
 

@@ -113,6 +113,7 @@ def pack_update(update: BlockUpdate) -> dict[str, Any]:
         "updates": update.updates,
         "seconds": update.seconds,
         "sums": pack_state(update.sums),
+        "kept": update.kept,
     }
 
 
@@ -137,4 +138,5 @@ def unpack_update(message: Mapping[str, Any]) -> BlockUpdate:
         updates=message["updates"],
         seconds=message["seconds"],
         sums=_split(message["sums"], _borrowed(message["sums"].vector)),
+        kept=message["kept"],
     )

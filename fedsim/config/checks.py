@@ -30,6 +30,8 @@ def check_config(config: Config) -> list[str]:
     _check_model(config)
     _check_local_epochs(config)
     _check_server_optimizer(config)
+    _check_control_variates(config)
+    _check_distillation(config)
     _check_client_generator(config)
     _check_granularity(config.feda2v)
     _check_growth(config.feda2v)
@@ -131,7 +133,12 @@ def _check_model(config: Config) -> None:
 
 
 def _check_local_epochs(config: Config) -> None:
-    """Where clients don't train, the server has to."""
+    """Where clients don't train, the server has to, and nothing can be added to their loss."""
+    if not config.federation.local_epochs and config.training.prototype_weight:
+        raise ConfigError(
+            f"training.prototype_weight is {config.training.prototype_weight:g} but federation.local_epochs is 0: "
+            "clients that don't train aren't drawn to prototypes; set local_epochs to at least 1, or the weight to 0"
+        )
     if not config.federation.local_epochs and not config.feda2v.global_model_train:
         raise ConfigError(
             "federation.local_epochs is 0 and feda2v.global_model_train is false, so nothing would be trained; set "
@@ -147,6 +154,55 @@ def _check_server_optimizer(config: Config) -> None:
             f"feda2v.server_optimizer is {settings.server_optimizer} but feda2v.adapter_aggregation_mode is none, "
             "which sends the server no change to step along; aggregate (weighted, avg, ...), or set server_optimizer "
             "to none"
+        )
+
+
+def _check_control_variates(config: Config) -> None:
+    """SCAFFOLD reads the mean gradient off the way that a client went, and corrects clients that are averaged."""
+    training = config.training
+    if not training.control_variates:
+        return
+    if training.optimizer != "SGD" or training.momentum:
+        given = f"optimizer is {training.optimizer}" + (
+            f" with momentum {training.momentum:g}" * bool(training.momentum)
+        )
+        raise ConfigError(
+            f"training.control_variates is true and training.{given}, but a client's variate is the mean gradient of "
+            "plain steps; set optimizer to SGD and momentum to 0"
+        )
+    if config.feda2v.adapter_aggregation_mode == "none":
+        raise ConfigError(
+            "training.control_variates is true but feda2v.adapter_aggregation_mode is none: clients that are never "
+            "averaged don't drift from an average; aggregate (avg, weighted, ...), or set control_variates to false"
+        )
+    if not config.federation.local_epochs:
+        raise ConfigError(
+            "training.control_variates is true but federation.local_epochs is 0: clients that take no steps have none "
+            "to correct; set local_epochs to at least 1, or control_variates to false"
+        )
+
+
+def _check_distillation(config: Config) -> None:
+    """Clients are distilled on rows of the generator, which their adapters understand alike."""
+    settings, mode = config.feda2v, "feda2v.adapter_aggregation_mode is kd"
+    if settings.adapter_aggregation_mode != "kd":
+        return
+    if not (settings.use_generator and settings.global_model_train):
+        name = "global_model_train" if settings.use_generator else "use_generator"
+        raise ConfigError(
+            f"{mode} but feda2v.{name} is false: clients are distilled on rows of a trained generator; set "
+            "use_generator and global_model_train to true, or the mode to weighted"
+        )
+    if not config.federation.local_epochs:
+        raise ConfigError(
+            f"{mode} but federation.local_epochs is 0: clients that don't train have nothing to be distilled; set "
+            "local_epochs to at least 1, or the mode to weighted"
+        )
+    trainable = config.model.audio_encoder.trainable
+    if trainable != "none":
+        raise ConfigError(
+            f"{mode} and model.audio_encoder.trainable is {trainable!r}: adapters of clients with encoders of their "
+            "own don't read the same embeddings; set trainable to none, or the mode to weighted"
         )
 
 
@@ -247,6 +303,12 @@ def _warnings(config: Config) -> list[str]:
             f"feda2v.server_learning_rate is {settings.server_learning_rate:g} with {settings.server_optimizer}: "
             f"weights may move by about that in a round; 0.001 to 0.1 is usual"
         )
+    if settings.adapter_aggregation_mode != "kd":
+        found += [
+            f"feda2v.{name} has no effect: adapter_aggregation_mode is {settings.adapter_aggregation_mode}"
+            for name in ("kd_epochs", "kd_learning_rate", "kd_samples_per_class")
+            if getattr(settings, name) != FedA2V.model_fields[name].default
+        ]
     if config.privacy.min_count == 1:
         found.append(
             "privacy.min_count is 1: the statistics of a class with one recording are that recording's embedding"

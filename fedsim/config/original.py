@@ -23,6 +23,7 @@ MOVED = {
     "feda2v.diffusion_type": "model.diffusion_type",
     "feda2v.adapter_aggregation_method": "feda2v.adapter_aggregation_mode",
     "feda2v.generator_training_epochs": "feda2v.generator_epochs",
+    "feda2v.kd_training_epochs": "feda2v.kd_epochs",
     "feda2v.generator_training_sequence_length": "model.audio_encoder.segments",
     "feda2v.adapters_learning_rate": "training.learning_rate",
     "feda2v.adapters_weight_decay": "training.weight_decay",
@@ -60,7 +61,7 @@ LEGACY = frozenset(
             # what refinement trains on, and losses
             "global_model_train_from_nodes_audio_embeddings global_model_train_from_generator train_adapters "
             "text_losses_summed optimizer_clip_gradients use_cls_token_only use_act_loss use_text_loss use_image_loss "
-            "compute_global_mean_from_class_means kd_training_epochs kd_learning_rate kd_samples_per_class "
+            "compute_global_mean_from_class_means "
             # rates per adapter
             "clip_adapter_learning_rate t5_adapter_learning_rate clip_adapter_weight_decay t5_adapter_weight_decay "
             "adapters_learning_rate_schedule clip_adapter_learning_rate_schedule t5_adapter_learning_rate_schedule "

@@ -186,6 +186,17 @@ class Training(Section):
     contrastive_weight: float = key(0.0, "weight of the contrastive term (cosine to all class targets)", ge=0)
     contrastive_temperature: float = key(0.07, "temperature of the contrastive term", gt=0)
     proximal_weight: float = key(0.0, "FedProx: weight of |theta - global|^2 / 2 in a client's loss", ge=0)
+    control_variates: bool = key(
+        False,
+        "SCAFFOLD: every client keeps a control variate between rounds, which corrects its (clipped) gradients; asks "
+        "for optimizer SGD without momentum",
+    )
+    prototype_weight: float = key(
+        0.0,
+        "FedProto: weight of the error to the class's prototype (the clients' mean output in earlier rounds) in a "
+        "client's loss; a client tells of classes with privacy.min_count recordings",
+        ge=0,
+    )
     precision: Literal["float32", "bfloat16"] = key(
         "float32", "of the matrix products in local training; bfloat16 by autocast, weights and sums stay float32"
     )
@@ -200,10 +211,16 @@ class Training(Section):
 class FedA2V(Section):
     """Aggregation, generator and refinement: the server's part."""
 
-    adapter_aggregation_mode: Literal["none", "avg", "weighted", "median", "trimmed_mean", "krum"] = key(
+    adapter_aggregation_mode: Literal["none", "avg", "weighted", "median", "trimmed_mean", "krum", "kd"] = key(
         "none",
         "clients keep their own adapters; mean; mean weighted by recordings; or one that withstands wrong updates: "
-        "coordinate-wise median, trimmed mean, Krum",
+        "coordinate-wise median, trimmed mean, Krum; kd: the weighted mean, into which the server distils the clients "
+        "on the generator's rows",
+    )
+    kd_epochs: int = key(10, "kd: passes over the rows that clients are distilled on", "epochs", ge=1)
+    kd_learning_rate: float = key(1e-3, "kd: learning rate of the distillation (AdamW)", gt=0)
+    kd_samples_per_class: int = key(
+        100, "kd: rows that the generator makes for every class of a round", "rows", ge=1, le=1_000_000
     )
     trim_share: float = key(
         0.1, "trimmed_mean: share of the clients left out at each end of every coordinate", ge=0, lt=0.5

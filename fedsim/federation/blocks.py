@@ -1,8 +1,8 @@
 """Blocks: cutting the cohort, and training every client of a block in one call.
 
 A client update is a pure function of (broadcast, client rows, bits of (seed, "client", round, client)), and of the
-client's own tensors where the aggregator keeps clients apart. So a block can be trained by any actor, twice, or after
-a crash, with the same bits.
+client's own tensors where the aggregator keeps clients apart or clients keep control variates. So a block can be
+trained by any actor, twice, or after a crash, with the same bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fedsim.algorithms.aggregation import SumTree
-from fedsim.algorithms.batches import ClientRows, num_batches
+from fedsim.algorithms.batches import ClientRows
 from fedsim.algorithms.row_sample import sample_rows
 from fedsim.errors import ClientError, FedsimError
 from fedsim.federation.memory import keep_freed_memory
@@ -89,7 +89,7 @@ class BlockTrainer:
 
     def _train(self, block: Block, broadcast: Broadcast, data: ClientRows) -> BlockUpdate:
         start = time.perf_counter()
-        most_steps = self._stacks.how.local_epochs * int(num_batches(data.counts[-1:], self._stacks.how.batch_size)[0])
+        most_steps = int(self._stacks.how.steps(data.counts[-1:])[0])
         costs = self._stacks.costs(broadcast, most_steps=most_steps, own=block.own is not None)
         # Outer products are added in groups of a fixed size; in smaller ones the sum would have other bits.
         least = SUM_GROUP if costs.may_share else 1
@@ -104,6 +104,7 @@ class BlockTrainer:
             updates=trained.updates,
             seconds=time.perf_counter() - start,
             sums=trained.sums,
+            kept=trained.kept,
         )
 
     def _train_stack(
@@ -142,6 +143,7 @@ class BlockTrainer:
             sums.add(number, stack.sums, owned=True)
             parts.append(replace(stack, delta_sum=None, sums={}))
         updates = [part.updates for part in parts if part.updates is not None]
+        kept = [part.kept for part in parts if part.kept is not None]
         limit = self._setup.config.feda2v.statistics_rows
         stats = concatenate_stats([part.stats for part in parts])
         return TrainedStack(
@@ -151,4 +153,5 @@ class BlockTrainer:
             metrics=join_metrics([part.metrics for part in parts]),
             updates=np.concatenate(updates) if updates else None,
             sums=sums.root() or {},
+            kept=np.concatenate(kept) if kept else None,
         )

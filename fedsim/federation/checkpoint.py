@@ -51,6 +51,7 @@ class ServerState:
         clients: where the tensors that clients keep lie in the run's client store.
         learnt: what clients' sums have taught the server for its generator.
         server_optimizer: moments of the server optimiser by name; empty before its first step, or without one.
+        guides: what guides clients' steps, by name (see `client_guides`).
     """
 
     round_number: int
@@ -60,6 +61,7 @@ class ServerState:
     clients: ClientIndex = field(default_factory=ClientIndex)
     learnt: Learnt = field(default_factory=Learnt)
     server_optimizer: AdapterState = field(default_factory=dict)
+    guides: AdapterState = field(default_factory=dict)
 
 
 def bound_config(config: Config) -> dict[str, Any]:
@@ -127,6 +129,7 @@ def _tables(state: ServerState) -> dict[str, dict[str, Tensor]]:
     if state.learnt.deviation is not None:
         tables["client_generator"]["deviation"] = state.learnt.deviation
     tables["server_optimizer"] = dict(state.server_optimizer)
+    tables["guides"] = dict(state.guides)
     # safetensors keeps one copy of shared memory; clones keep tables independent of that.
     return {name: {k: t.clone() for k, t in table.items()} for name, table in tables.items() if table}
 
@@ -252,7 +255,8 @@ def _from_tables(round_number: int, tables: Mapping[str, dict[str, Tensor]]) -> 
     network = dict(tables.get("client_generator", {}))
     learnt = Learnt(pooled, deviation=network.pop("deviation", None), network=network)
     generator, moments = tables.get("generator", {}), tables.get("server_optimizer", {})
-    return ServerState(round_number, tables["adapter"], generator, buffer, clients, learnt, moments)
+    guides = tables.get("guides", {})
+    return ServerState(round_number, tables["adapter"], generator, buffer, clients, learnt, moments, guides)
 
 
 def _sha256(file: Path) -> str:

@@ -196,7 +196,7 @@ class ClientStore:
         except OSError as error:
             raise ResourceError(
                 f"can't write {len(buffer)} bytes of clients' tensors to {self._folder / FILE}: {error.strerror}; "
-                "make room, or set feda2v.adapter_aggregation_mode: avg"
+                "make room, or let clients keep nothing (adapter_aggregation_mode: avg, control_variates: false)"
             ) from error
 
 

@@ -31,7 +31,7 @@ class OwnBlocks(Sequence[Block]):
     Args:
         blocks: the cohort's blocks.
         store: what clients keep.
-        newcomer: flat tensors [P] that a client starts from in its first round.
+        newcomer: flat tensors [P] that a client has in its first round.
     """
 
     def __init__(self, blocks: Sequence[Block], store: ClientStore, newcomer: np.ndarray) -> None:
@@ -111,18 +111,23 @@ class AllUpdates:
 
     def __init__(self, folder: Path, *, num_clients: int, row_size: int, block_size: int) -> None:
         self._matrix, self._block_size = UpdateMatrix(folder, num_rows=num_clients, row_size=row_size), block_size
+        self._clients, self._counts = np.full(num_clients, -1), np.zeros(num_clients, dtype=np.int64)
 
     def add(self, update: BlockUpdate, block: Block) -> None:
         """Write the block's rows."""
         assert update.updates is not None
-        self._matrix.put(update.index * self._block_size, update.updates)
+        start = update.index * self._block_size
+        self._matrix.put(start, update.updates)
+        self._clients[start : start + len(block.client_ids)] = block.client_ids
+        self._counts[start : start + len(block.client_ids)] = update.metrics.num_examples
 
     def lose(self, index: int) -> None:
         """Rows that were not put are left out."""
 
     def joined(self) -> Joined:
         """The matrix, by columns."""
-        return Joined(columns=self._matrix)
+        arrived = self._clients >= 0
+        return Joined(columns=self._matrix, clients=self._clients[arrived], counts=self._counts[arrived])
 
     def close(self) -> None:
         """Give the disk space back."""
@@ -152,15 +157,49 @@ class OwnRows:
         """Nothing to give back."""
 
 
+class KeptRows:
+    """Every client's control variate, put into the client store; what else a block brings goes to another joining.
+
+    Args:
+        store: what clients keep.
+        joining: of the aggregator.
+    """
+
+    def __init__(self, store: ClientStore, joining: Joining) -> None:
+        store.discard()  # what a round that failed has left
+        self._store, self._joining = store, joining
+
+    def add(self, update: BlockUpdate, block: Block) -> None:
+        """Write the block's rows, and join the rest."""
+        assert update.kept is not None
+        self._store.put(block.client_ids, update.kept)
+        self._joining.add(update, block)
+
+    def lose(self, index: int) -> None:
+        """Lost clients keep what they had."""
+        self._joining.lose(index)
+
+    def joined(self) -> Joined:
+        """What the aggregator gets."""
+        return self._joining.joined()
+
+    def close(self) -> None:
+        """Give back what the round took."""
+        self._joining.close()
+
+
 def make_joining(
     aggregator: Aggregator, store: ClientStore | None, *, folder: Path, num_clients: int, row_size: int, block_size: int
 ) -> Joining:
-    """What the aggregator asks for; `store` where it keeps clients apart."""
-    if store is not None:
+    """What the aggregator asks for; `store` where it keeps clients apart or they keep control variates."""
+    if store is not None and aggregator.keeps_clients_apart:
         return OwnRows(store)
+    joining: Joining
     if aggregator.needs_updates:
-        return AllUpdates(folder, num_clients=num_clients, row_size=row_size, block_size=block_size)
-    return SummedUpdates(-(-num_clients // block_size))
+        joining = AllUpdates(folder, num_clients=num_clients, row_size=row_size, block_size=block_size)
+    else:
+        joining = SummedUpdates(-(-num_clients // block_size))
+    return joining if store is None else KeptRows(store, joining)
 
 
 class Numbers:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsim.algorithms.client_generator import PREFIX, WEIGHT
+from fedsim.algorithms.control_variates import PREFIX as VARIATE
 from fedsim.errors import ClientError
 from fedsim.types import AdapterState, Block, BlockUpdate, Broadcast, ClassStats, ClientMetrics
 
@@ -31,6 +32,7 @@ class Expected:
         audio_shape: (S, D) of an audio embedding.
         head_shapes: shape of an adapter output, by head.
         min_count: fewest recordings behind a row of class statistics.
+        keeps_variates: a row of control variates per client.
     """
 
     adapter: Mapping[str, tuple[int, ...]]
@@ -39,6 +41,7 @@ class Expected:
     audio_shape: tuple[int, ...]
     head_shapes: Mapping[str, tuple[int, ...]]
     min_count: int
+    keeps_variates: bool = False
 
     @property
     def row_size(self) -> int:
@@ -77,21 +80,23 @@ def _problems(update: BlockUpdate, block: Block, expected: Expected, broadcast: 
     if not (np.isfinite(update.weight_sum) and update.weight_sum >= 0):
         yield f"its weight is {update.weight_sum}"
     if expected.needs_updates:
-        yield from _row_problems(update.updates, len(block.client_ids), expected.row_size)
+        yield from _row_problems(update.updates, len(block.client_ids), expected.row_size, "updates")
     else:
         yield from _state_problems(update.delta_sum, expected.adapter)
+    if expected.keeps_variates:
+        yield from _row_problems(update.kept, len(block.client_ids), expected.row_size, "control variates")
     yield from _metric_problems(update.metrics, len(block.client_ids), measured_metrics(broadcast))
     yield from _stats_problems(update.stats, block, expected)
     yield from _sum_problems(update.sums, broadcast)
 
 
-def _row_problems(rows: np.ndarray | None, count: int, row_size: int) -> Iterator[str]:
+def _row_problems(rows: np.ndarray | None, count: int, row_size: int, what: str) -> Iterator[str]:
     if rows is None:
-        yield "it holds no updates of its clients"
+        yield f"it holds no {what} of its clients"
     elif rows.shape != (count, row_size) or rows.dtype != np.float32:
-        yield f"its updates are {rows.dtype} {list(rows.shape)}, expected float32 {[count, row_size]}"
+        yield f"its {what} are {rows.dtype} {list(rows.shape)}, expected float32 {[count, row_size]}"
     elif not np.isfinite(rows.sum()) and not np.isfinite(rows).all():
-        yield "its updates have non-finite numbers"
+        yield f"its {what} have non-finite numbers"
 
 
 def _state_problems(state: Mapping[str, Tensor] | None, adapter: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
@@ -151,6 +156,7 @@ def _sum_problems(sums: AdapterState, broadcast: Broadcast) -> Iterator[str]:
         wanted = {"product": tuple(basis.shape), "diagonal": (len(basis),), "freedom": (1,)}
     networks = {name: tuple(t.shape) for name, t in broadcast.extra.items() if name.startswith(PREFIX)}
     wanted |= networks | ({WEIGHT: (1,)} if networks else {})
+    wanted |= {name: tuple(t.shape) for name, t in broadcast.extra.items() if name.startswith(VARIATE)}
     if sums.keys() != wanted.keys():
         yield f"its sums are {sorted(sums)}, expected {sorted(wanted)}"
         return

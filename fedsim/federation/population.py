@@ -72,7 +72,7 @@ def _client_column(config: Config, recordings: Recordings, train: np.ndarray) ->
 
 
 def check_statistics(config: Config, partition: Partition, recordings: Recordings) -> None:
-    """Refuse a server step that could never receive a class statistic.
+    """Refuse a server step, or prototypes, that could never receive a class statistic.
 
     All clients of a stored partition are looked at, and the first ones of a computed population, which are as good as
     any.
@@ -81,7 +81,7 @@ def check_statistics(config: Config, partition: Partition, recordings: Recording
         DataError: no client ever has `privacy.min_count` recordings of a class.
     """
     minimum, num_clients = config.privacy.min_count, partition.num_clients
-    if not config.feda2v.global_model_train:
+    if not (config.feda2v.global_model_train or config.training.prototype_weight):
         return
     looked_at = num_clients if isinstance(partition, StoredPartition) else min(num_clients, _AT_ONCE)
     num_held = num_sent = 0

@@ -20,11 +20,13 @@ import torch
 
 from fedsim.algorithms.aggregation import make_aggregator
 from fedsim.algorithms.batches import padding_share
+from fedsim.algorithms.distillation import client_states
 from fedsim.algorithms.sampling import order_cohort, sample_cohort
 from fedsim.algorithms.server_optimizer import make_server_optimizer
 from fedsim.errors import ConfigError, QuorumError
 from fedsim.federation.blocks import make_blocks
 from fedsim.federation.checkpoint import CLIENTS, ServerState, kept_indices, save_checkpoint
+from fedsim.federation.client_guides import ClientGuides
 from fedsim.federation.client_store import ClientIndex, ClientStore
 from fedsim.federation.client_sums import ClientSums
 from fedsim.federation.clock import RoundClock, Status
@@ -84,6 +86,7 @@ class Server:
             momentum=settings.server_momentum,
             adaptivity=settings.server_adaptivity,
         )
+        self._guides = ClientGuides(self.config, self.aggregator, setup.partition, len(setup.class_names))
         self._require_enough()
         self._folder = run_dir or _temporary_folder(self)
         self._expected = Expected(
@@ -93,6 +96,7 @@ class Server:
             audio_shape=tuple(self.parts.adapter.input_shape),
             head_shapes={head: tuple(spec.shape) for head, spec in self.parts.adapter.specs.items()},
             min_count=self.config.privacy.min_count,
+            keeps_variates=self.config.training.control_variates,
         )
         self.clients = self._open_clients()
         self._step = ServerStep(setup, self.parts, self.state.generator)
@@ -113,11 +117,14 @@ class Server:
             with clock("train"):
                 lost = self._train(blocks, broadcast, joining, numbers, clock)
             with clock("aggregate"):
-                averaged = self.aggregator.step(state.adapter, joining.joined())
+                joined = joining.joined()
+                averaged = self.aggregator.step(state.adapter, joined)
                 averaged, moments = self.optimizer.step(state.adapter, averaged, state.server_optimizer)
                 stats = numbers.stats()
                 learnt = self._learn(numbers.sums(), broadcast)
-        stepped = self._step.run(averaged, stats, state.buffer, learnt, clock)
+                guides = self._guides.learn(broadcast.extra, numbers.sums(), stats)
+            teachers = client_states(joined, state.adapter)
+            stepped = self._step.run(averaged, stats, state.buffer, learnt, clock, teachers)
         metrics = stepped.metrics | numbers.metrics()
         if broadcast.evaluate_clients:
             metrics |= self.held_out.measure(
@@ -130,7 +137,9 @@ class Server:
         up, down = self._bytes(cohort, broadcast, numbers)
         generator = self._step.generator_state()
         kept = ClientIndex() if self.clients is None else self.clients.commit()
-        self.state = ServerState(clock.round_number, stepped.adapter, generator, stepped.buffer, kept, learnt, moments)
+        self.state = ServerState(
+            clock.round_number, stepped.adapter, generator, stepped.buffer, kept, learnt, moments, guides
+        )
         return RoundResult(clock.round_number, len(cohort), tuple(lost), metrics, clock.seconds, up, down)
 
     def _sample_cohort(self, round_number: int) -> np.ndarray:
@@ -156,7 +165,7 @@ class Server:
         due = round_number % every == 0 or round_number == last
         apart = self.aggregator.keeps_clients_apart
         sent = initial_state(self.setup, self.parts) if apart else self.state.adapter
-        extra = self._client_sums.extra(self.state.learnt, round_number)
+        extra = self._client_sums.extra(self.state.learnt, round_number) | self._guides.extra(self.state.guides, sent)
         return Broadcast(round_number, self.config.experiment.seed, sent, due and apart, due, extra)
 
     def _numbers(self, broadcast: Broadcast, num_clients: int) -> Numbers:
@@ -203,7 +212,8 @@ class Server:
         """Blocks as they are sent: with what their clients keep, where they keep anything."""
         if self.clients is None:
             return blocks
-        return OwnBlocks(blocks, self.clients, flatten_state(broadcast.adapter).numpy())
+        first = flatten_state(broadcast.adapter).numpy()
+        return OwnBlocks(blocks, self.clients, first if self.aggregator.keeps_clients_apart else np.zeros_like(first))
 
     def _require_quorum(self, answered: int, total: int, round_number: int) -> None:
         # Less a hair: 0.55 * 100 is 55.00000000000001, and 55 of 100 are enough.
@@ -226,8 +236,8 @@ class Server:
             )
 
     def _open_clients(self) -> ClientStore | None:
-        """Where clients keep their own tensors, if they do."""
-        if not self.aggregator.keeps_clients_apart:
+        """Where clients keep their own tensors or their control variates, if they do."""
+        if not (self.aggregator.keeps_clients_apart or self.config.training.control_variates):
             return None
         return ClientStore(
             self._folder / CLIENTS,
@@ -240,7 +250,7 @@ class Server:
         """What the cohort's clients would send and receive; those that keep their own tensors receive them once."""
         size, told = state_bytes(broadcast.adapter), state_bytes(broadcast.extra)
         up = numbers.stats_bytes + numbers.answered * state_bytes(numbers.sums())
-        if self.clients is None:
+        if self.clients is None or not self.aggregator.keeps_clients_apart:
             changed = size if self.config.federation.local_epochs else 0  # who doesn't train has no change to send
             return up + numbers.answered * changed, len(cohort) * (size + told)
         newcomers = int((self.state.clients.slots_of(cohort) < 0).sum())

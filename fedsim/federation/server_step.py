@@ -1,5 +1,7 @@
 """The server's training step: fit the generator on class statistics, refine the averaged adapters with its samples.
 
+With `adapter_aggregation_mode: kd` clients are distilled into the average in between, on rows of the same generator.
+
 Legend: M (client, class) rows, C classes, V condition width, n rows, S segments, D audio embedding width.
 """
 
@@ -13,6 +15,7 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
+from fedsim.algorithms.distillation import Distillation, Distilled, Teachers, distil, teacher_outputs
 from fedsim.algorithms.generation import (
     NO_STATISTICS,
     conditions,
@@ -86,22 +89,25 @@ class ServerStep:
         buffer: ClassStats | None,
         learnt: Learnt,
         clock: RoundClock,
+        teachers: Teachers = (),
     ) -> Stepped:
-        """Fit and refine.
+        """Fit, distil and refine.
 
         Args:
             averaged: tensors after aggregation.
             fresh: this round's statistics.
             buffer: statistics of earlier rounds.
             learnt: what clients' sums have taught, for generators that use it.
-            clock: times the phases "generate" and "refine".
+            clock: times the phases "generate", "distil" and "refine".
+            teachers: the round's clients and their tensors, where they are to be distilled (`kd`).
         """
         settings = self._config.feda2v
+        kd = settings.adapter_aggregation_mode == "kd"
         if not settings.global_model_train:
             return Stepped(averaged, buffer, {})
         if not len(fresh):
             message = NO_STATISTICS.format(min_count=self._config.privacy.min_count)
-            log.warning("%s; round %d is not refined", message, clock.round_number)
+            log.warning("%s; round %d is not refined%s", message, clock.round_number, kd * " nor distilled")
             return Stepped(averaged, buffer, {})
         fresh = self._bounded(fresh, clock.round_number)
         # Earlier audio statistics hold as long as the encoder that made them doesn't change.
@@ -122,6 +128,12 @@ class ServerStep:
                 report = self._fit(self._generator, source, condition, learnt, clock.round_number)
             metrics |= {"server/generator_loss": report.mean_loss}
             metrics |= {f"server/generator_{name}": value for name, value in report.metrics.items()}
+        if kd:
+            with clock("distil"):
+                distilled = self._distil(averaged, stats, condition, teachers, clock.round_number)
+            averaged = {**averaged, **distilled.adapter}
+            metrics["server/distillation_loss_before"] = distilled.loss_before
+            metrics["server/distillation_loss"] = distilled.loss_after
         with clock("refine"):
             refined = self._refine(averaged, stats, known, condition, clock.round_number)
         self._condition = condition
@@ -162,6 +174,31 @@ class ServerStep:
                 log.info(line)
         log.info("Generator training completed. Average loss: %.4f", report.mean_loss)
         return report
+
+    def _distil(
+        self,
+        averaged: AdapterState,
+        stats: ClassStats,
+        condition: Tensor,
+        teachers: Teachers,
+        round_number: int,
+    ) -> Distilled:
+        """The round's clients, on rows of the classes that they hold."""
+        assert self._generator is not None  # `check_config` asks for one
+        settings, adapter = self._config.feda2v, self._parts.adapter
+        stream = rng(self._config.experiment.seed, "distil", round_number)
+        labels, rows = _draw(self._generator, stats, condition, settings.kd_samples_per_class, stream)
+        distilled = distil(
+            adapter,
+            adapter_part(averaged),
+            rows,
+            teacher_outputs(adapter, teachers, stats, labels, rows),
+            objective=self._parts.objective,
+            how=Distillation(settings.kd_epochs, settings.kd_learning_rate, settings.refine_batch_size),
+            stream=stream,
+        )
+        log.info("Distillation completed. Loss: %.4f, before it %.4f", distilled.loss_after, distilled.loss_before)
+        return distilled
 
     def _refine(
         self, averaged: AdapterState, stats: ClassStats, known: ClassStats, condition: Tensor, round_number: int

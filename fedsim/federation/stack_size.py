@@ -60,6 +60,7 @@ def client_costs(
 
     batch_rows, kept = how.batch_size * segments, shared(how.batch_size * segments)
     copies = 4 if how.optimizer == "AdamW" else 3 if how.momentum else 2
+    copies += 3 if how.control_variates else 0  # a client's own, before and after, and its correction
     return ClientCosts(
         activation_bytes=8 * batch_rows * sum(sum(weight.shape) for weight in weights.values()),
         own_bytes=4 * (copies * sum(tensor.numel() for name, tensor in state.items() if name not in kept) + sums),

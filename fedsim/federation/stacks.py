@@ -16,6 +16,7 @@ from fedsim.algorithms.aggregation import make_aggregator
 from fedsim.algorithms.batches import ClientRows, training_batches
 from fedsim.algorithms.client_generator import PREFIX, ClientGenerators
 from fedsim.algorithms.client_model import embed
+from fedsim.algorithms.control_variates import ControlVariates, variates_of
 from fedsim.algorithms.evaluation import evaluate
 from fedsim.algorithms.local_training import (
     Buffers,
@@ -25,6 +26,7 @@ from fedsim.algorithms.local_training import (
     weighted_deltas,
 )
 from fedsim.algorithms.optimizers import StackParams
+from fedsim.algorithms.prototypes import with_prototypes
 from fedsim.algorithms.statistics import LocalEvaluation, empty_stats, evaluate_stack
 from fedsim.config.schema import Config
 from fedsim.errors import ClientError
@@ -40,7 +42,8 @@ from fedsim.types import AdapterState, Broadcast, ClassStats, ClientMetrics, unf
 class TrainedStack:
     """What is left of a stack: sum of weighted deltas [*shape], sum of weights, statistics, numbers, flat rows [K, P].
 
-    Either the sum is there or, where the aggregator needs all updates, the rows; `sums` of what the broadcast asks for.
+    Either the sum is there or, where the aggregator needs all updates, the rows; `sums` of what the broadcast asks for;
+    `kept` [K, P]: control variates.
     """
 
     delta_sum: AdapterState | None
@@ -49,6 +52,7 @@ class TrainedStack:
     metrics: ClientMetrics
     updates: np.ndarray | None
     sums: AdapterState
+    kept: np.ndarray | None = None
 
 
 def local_training(config: Config) -> LocalTraining:
@@ -64,6 +68,7 @@ def local_training(config: Config) -> LocalTraining:
         local_epochs=config.federation.local_epochs,
         precision=training.precision,
         proximal_weight=training.proximal_weight,
+        control_variates=training.control_variates,
     )
 
 
@@ -121,27 +126,32 @@ class StackTrainer:
         Args:
             data: the recordings of K clients.
             broadcast: what the round sends.
-            own: flat tensors [K, P] from which clients start, None for the broadcast's.
+            own: flat tensors [K, P] that clients keep: those from which they start, or their control variates; None:
+                they start from the broadcast's, without variates.
             most_steps: see `train_stack`.
 
         Raises:
             ClientError: a loss or an update isn't finite.
         """
+        variates = None
+        if own is not None and self.how.control_variates:
+            variates, own = variates_of(own, broadcast.extra, broadcast.adapter), None
         params = self._start(own, broadcast, len(data))
-        wanted, with_stats, basis = (
-            broadcast.evaluate_clients,
-            self._config.feda2v.global_model_train,
-            broadcast.extra.get("basis"),
-        )
+        wanted, basis = broadcast.evaluate_clients, broadcast.extra.get("basis")
+        with_stats = self._config.feda2v.global_model_train or self._config.training.prototype_weight > 0
         if self.how.local_epochs:
             before = self._evaluate(params, data) if wanted else None
-            losses = self._steps(params, data, broadcast, most_steps)
+            losses = self._steps(params, data, broadcast, most_steps, variates)
             after = self._evaluate(params, data, with_stats=with_stats, basis=basis) if wanted or with_stats else None
         else:
             before = after = self._evaluate(params, data, with_stats=with_stats, basis=basis)
             losses = after.loss
         held_out = self._held_out_accuracy(params, broadcast, len(data))
         weights = self._aggregator.weight(data.counts)
+        kept, changes = None, dict[str, Tensor]()
+        if variates is not None:
+            steps, rate = self.how.steps(data.counts), self.how.learning_rate
+            kept, changes = variates.renewed(params, broadcast.adapter, steps=steps, rate=rate, weights=weights)
         updates = self._updates(params, broadcast) if self._aggregator.needs_updates else None
         delta_sum = weighted_deltas(params, broadcast.adapter, weights) if updates is None else None
         if not (np.isfinite(losses).all() and _finite(delta_sum, updates)):
@@ -152,7 +162,8 @@ class StackTrainer:
             stats=empty_stats(self._parts.adapter) if after is None or after.stats is None else after.stats,
             metrics=_metrics(data, losses, before, after, held_out),
             updates=updates,
-            sums=({} if after is None else after.scatter) | self._generators(data, broadcast),
+            sums=({} if after is None else after.scatter) | self._generators(data, broadcast) | changes,
+            kept=kept,
         )
 
     def _start(self, own: np.ndarray | None, broadcast: Broadcast, clients: int) -> dict[str, Tensor | SharedWeight]:
@@ -163,7 +174,12 @@ class StackTrainer:
         return {name: tensor.contiguous() for name, tensor in apart.items()}
 
     def _steps(
-        self, params: dict[str, Tensor | SharedWeight], data: ClientRows, broadcast: Broadcast, most_steps: int
+        self,
+        params: dict[str, Tensor | SharedWeight],
+        data: ClientRows,
+        broadcast: Broadcast,
+        most_steps: int,
+        variates: ControlVariates | None,
     ) -> np.ndarray:
         """Local training in place; losses [K]."""
         batches = training_batches(
@@ -177,10 +193,11 @@ class StackTrainer:
             self._parts.model,
             params,
             batches,
-            objective=self._parts.objective,
+            objective=with_prototypes(self._parts.objective, broadcast.extra, self._config.training.prototype_weight),
             how=self.how,
             buffers=self._buffers,
             most_steps=most_steps,
+            corrections=None if variates is None else variates.corrections,
         )
 
     def _evaluate(

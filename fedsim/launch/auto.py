@@ -191,11 +191,13 @@ def _client_costs(setup: Setup, cohort: np.ndarray) -> tuple[float, float]:
     passes = 6.0 * config.federation.local_epochs or 2.0
     flops = passes * parameters * examples * encoder.segments
     numbers = 2.0 * examples * math.prod(open_store(setup.store_path).rows.shape[1:])
-    if config.feda2v.global_model_train:
+    if config.feda2v.global_model_train or config.training.prototype_weight:
         classes = min(len(setup.class_names), max(1.0, examples / config.privacy.min_count))
         outputs = sum(math.prod(shape) for shape in heads.values())
         numbers += 2.0 * classes * (2 * encoder.segments * encoder.dim + outputs)
     if make_aggregator(config.feda2v.adapter_aggregation_mode).needs_updates:
+        numbers += 4.0 * parameters
+    if config.training.control_variates:
         numbers += 4.0 * parameters
     return flops, 4.0 * numbers
 

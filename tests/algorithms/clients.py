@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -119,4 +120,32 @@ def class_stats(pairs, *, variance: float | None = 0.1, shapes=SHAPES, seed: int
         torch.randn(m, S, D, generator=generator),
         None if variance is None else torch.full((m, S, D), variance),
         {head: torch.randn(m, *shape, generator=generator) for head, shape in shapes.items()},
+    )
+
+
+@dataclass
+class Parabola:
+    """Loss slope / 2 (w - optimum)^2 of a row (slope, optimum)."""
+
+    max_clients: int | None = None
+
+    def forward(self, params, inputs, lengths):
+        return inputs, {"loss": inputs[..., 0] / 2 * (params["w"] - inputs[..., 1]).square()}
+
+
+class AsItIs:
+    """Takes the loss as it is."""
+
+    def loss_rows(self, outputs, labels):
+        return outputs["loss"]
+
+
+def parabolas(clients, counts, slopes, optima) -> ClientRows:
+    """Some of many clients, each with `counts[k]` rows of its own parabola."""
+    clients = np.asarray(clients)
+    rows = [[slopes[k], optima[k]] for k in clients for _ in range(counts[k])]
+    none = torch.zeros(len(rows), dtype=torch.int64)
+    numbers = np.arange(len(rows))
+    return ClientRows(
+        clients, np.asarray(counts)[clients], numbers, torch.tensor(rows, dtype=torch.float32), none, none
     )

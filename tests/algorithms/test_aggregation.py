@@ -146,6 +146,13 @@ def test_identical_clients_average_to_themselves():
         torch.testing.assert_close(aggregate(name, start, [client] * 4, [2] * 4), client)
 
 
+def test_kd_starts_at_the_weighted_mean():
+    start, one, other = torch.tensor([1.0, 10.0]), torch.tensor([2.0, 10.0]), torch.tensor([5.0, 6.0])
+    rows = torch.stack([one - start, other - start]).numpy()
+    joined = Joined(columns=[rows[:, :1], rows[:, 1:]], clients=np.array([4, 7]), counts=np.array([3, 1]))
+    assert make_aggregator("kd").step({"w": start}, joined)["w"].tolist() == [2.75, 9.0]
+
+
 def test_none_keeps_the_global_adapter_and_the_clients_apart():
     rule, start = make_aggregator("none"), {"w": torch.ones(2)}
     assert rule.keeps_clients_apart
@@ -156,7 +163,7 @@ def test_none_keeps_the_global_adapter_and_the_clients_apart():
 def test_aggregators_say_what_they_need():
     assert [name for name in AGGREGATORS if make_aggregator(name).keeps_clients_apart] == ["none"]
     every = {name for name in AGGREGATORS if make_aggregator(name).needs_updates}
-    assert every == {"none", "median", "trimmed_mean", "krum"}
+    assert every == {"none", "kd", "median", "trimmed_mean", "krum"}
     assert [make_aggregator("krum", byzantine_clients=f).min_clients for f in (0, 1, 4)] == [3, 5, 11]
     assert {make_aggregator(name).min_clients for name in AGGREGATORS if name != "krum"} == {1}
 
@@ -172,7 +179,7 @@ def test_steps_change_no_argument():
     rows = np.full((3, 2), 4.0, dtype=np.float32)
     for name in AGGREGATORS:
         start, total = {"w": torch.ones(2)}, {"w": torch.full((2,), 4.0)}
-        after = make_aggregator(name).step(start, Joined(total, 2.0, [rows]))
+        after = make_aggregator(name).step(start, Joined(total, 2.0, [rows], np.arange(3), np.array([1, 2, 3])))
         assert after["w"].tolist() == {"none": [1, 1], "avg": [3, 3], "weighted": [3, 3]}.get(name, [5, 5])
         assert start["w"].tolist() == [1, 1]
         assert total["w"].tolist() == [4, 4]
@@ -189,6 +196,6 @@ def test_a_robust_step_finds_every_tensor_its_part_of_the_vector():
 
 
 def test_unknown_aggregators_are_refused():
-    known = "avg, weighted, none, median, trimmed_mean, krum"
+    known = "avg, weighted, none, kd, median, trimmed_mean, krum"
     with pytest.raises(ConfigError, match=f"unknown aggregator 'mean'; known: {known}"):
         make_aggregator("mean")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from clients import C, dense, joined, plain_sgd, steps_of, training
+from clients import AsItIs, C, Parabola, dense, joined, parabolas, plain_sgd, steps_of, training
 from clients import client_rows as rows_of_shape
 from clients import world as world_of_sizes
 
@@ -164,6 +164,22 @@ def test_one_client_is_a_plain_torch_loop_step_for_step(changes, contrastive_wei
             # Adam divides by the size of gradients that may be little more than rounding.
             atol = 2e-5 if how.optimizer == "AdamW" else 2e-6
             torch.testing.assert_close(ours[name], p, atol=atol, rtol=2e-5)
+
+
+def test_the_proximal_term_is_fedproxs():
+    # Li et al. 2020, equation 2: F(w) + mu / 2 (w - x)^2, here with F = slope / 2 (w - optimum)^2.
+    slopes, optima, start, rate, mu = (1.0, 4.0), (3.0, -1.0), 0.5, 0.05, 2.0
+    how = plain_sgd(learning_rate=rate, local_epochs=40, proximal_weight=mu)
+    params, data = shared_start({"w": torch.full((1,), start)}, 2), parabolas([0, 1], [1, 3], slopes, optima)
+    train_stack(Parabola(), params, steps_of(data, how), objective=AsItIs(), how=how, buffers=Buffers())
+    for k, (slope, optimum) in enumerate(zip(slopes, optima, strict=True)):
+        w = start
+        for _ in range(40):
+            w -= rate * (slope * (w - optimum) + mu * (w - start))
+        assert float(params["w"][k]) == pytest.approx(w, abs=1e-5)
+        # Where it leads: between the client's optimum and the start.
+        goal = (slope * optimum + mu * start) / (slope + mu)
+        assert float(params["w"][k]) == pytest.approx(goal, abs=0.01)
 
 
 @pytest.mark.parametrize("how", SETTINGS.values(), ids=SETTINGS)

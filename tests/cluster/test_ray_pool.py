@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from processes import actors, kill, wait_for
-from worlds import CPU, SERVER_STEP, digest_after, hand_made, make_server, numbers, reconfigured, run
+from worlds import CPU, SERVER_STEP, digest_after, hand_made, kept_of, make_server, numbers, reconfigured, run
 
 from fedsim.errors import ClientError, QuorumError, ResourceError
 from fedsim.federation.blocks import BlockTrainer, make_blocks
@@ -289,3 +289,26 @@ def test_a_run_resumes_on_another_number_of_actors(cluster, setup, reference, tm
         second, late = run(setup, pool=pool, state=state)
     assert digest(second.state.adapter) == reference[0] == digest_after(setup)
     assert numbers([*early, *late]) == reference[1]
+
+
+GUIDED = {
+    "scaffold": ("training.control_variates=true", "training.optimizer=SGD", "federation.cohort_size=5"),
+    "fedproto": ("training.prototype_weight=0.5", "feda2v.adapter_aggregation_mode=none"),
+    "kd": (*SERVER_STEP, "feda2v.adapter_aggregation_mode=kd", "feda2v.kd_samples_per_class=4"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", GUIDED.values(), ids=GUIDED)
+def test_what_guides_clients_and_what_they_teach_has_the_same_bits_with_two_actors(cluster, setup, options):
+    guided = reconfigured(setup, *options)
+    here, results = run(guided)
+    with ray_pool(guided, 2) as pool:
+        there, again = run(guided, pool=pool)
+    for one, other in ((here.state.adapter, there.state.adapter), (here.state.guides, there.state.guides)):
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+    assert (here.clients is None) == (there.clients is None)
+    if here.clients is not None:
+        assert kept_of(there) == kept_of(here)
+    assert numbers(again) == numbers(results)

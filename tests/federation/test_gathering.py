@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import weakref
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -111,7 +111,8 @@ def test_every_aggregator_gets_what_it_asks_for(tmp_path):
             ids = np.array([5, 6, 9])[2 * index : 2 * index + len(part)]
             whole = {"w": torch.from_numpy(part.sum(0))}
             summed = (whole, None) if name == "avg" else (None, part)
-            update = BlockUpdate(index, summed[0], float(len(part)), None, None, summed[1], 0.0)
+            metrics = replace(update_of(index).metrics, num_examples=ids + 100)
+            update = BlockUpdate(index, summed[0], float(len(part)), None, metrics, summed[1], 0.0)
             joining.add(update, Block(index, ids))
         joined = joining.joined()
         if name == "avg":
@@ -119,6 +120,8 @@ def test_every_aggregator_gets_what_it_asks_for(tmp_path):
             assert joined.weight_sum == 3
         if name == "median":
             np.testing.assert_array_equal(np.concatenate(list(joined.columns), axis=1), rows)
+            assert joined.clients.tolist() == [5, 6, 9]
+            assert joined.counts.tolist() == [105, 106, 109]
         joining.close()
     assert store.commit().ids.tolist() == [5, 6, 9]
     np.testing.assert_array_equal(store.rows(np.array([5, 6, 9]), rows[0]), rows)

@@ -21,6 +21,8 @@ from fedsim.federation.checkpoint import ServerState, load_checkpoint, newest_ch
 from fedsim.models.saved import digest
 
 NO_STEP = "feda2v.global_model_train=false"
+SCAFFOLD = (NO_STEP, "training.optimizer=SGD", "training.control_variates=true")
+FEDPROTO = ("training.prototype_weight=0.5",)
 VARIANTS = {
     "vae": SERVER_STEP,
     "vae on moments": (*SERVER_STEP, "feda2v.generator_rows=moments"),
@@ -42,6 +44,11 @@ VARIANTS = {
     "sampled statistics": (*SERVER_STEP, "feda2v.statistics_rows=3"),
     "median": (*SERVER_STEP, "feda2v.adapter_aggregation_mode=median"),
     "yogi": (*SERVER_STEP, "feda2v.server_optimizer=yogi", "feda2v.server_learning_rate=0.01"),
+    "scaffold": (*SCAFFOLD, "federation.cohort_size=4"),
+    "scaffold with server step": (*SERVER_STEP, *SCAFFOLD[1:], "feda2v.adapter_aggregation_mode=median"),
+    "fedproto": (NO_STEP, *FEDPROTO, "feda2v.adapter_aggregation_mode=none", "federation.cohort_size=4"),
+    "fedproto and scaffold": (*SERVER_STEP, *FEDPROTO, *SCAFFOLD[1:]),
+    "kd": (*SERVER_STEP, "feda2v.adapter_aggregation_mode=kd", "feda2v.kd_epochs=2", "feda2v.kd_samples_per_class=4"),
     "server only": (*SERVER_STEP, "federation.local_epochs=0", "federation.cohort_size=3"),
     "momentum": (NO_STEP, "feda2v.server_optimizer=momentum", "federation.cohort_size=3"),
 }
@@ -67,6 +74,8 @@ def state_of(server) -> dict[str, object]:
     tables["network"] = state.learnt.network
     if state.server_optimizer:
         tables["server_optimizer"] = state.server_optimizer
+    if state.guides:
+        tables["guides"] = state.guides
     kept = {} if server.clients is None else kept_of(server)
     return {"round": state.round_number, "clients": kept} | {
         key: (sorted(table), digest(table)) for key, table in tables.items()

@@ -486,7 +486,8 @@ def test_status_tells_phases_and_clients(setup):
 
 def test_aggregators_agree_with_the_configuration(setup):
     for name in AGGREGATORS:
-        server = make_server(reconfigured(setup, NO_STEP, f"feda2v.adapter_aggregation_mode={name}"))
+        options = SERVER_STEP if name == "kd" else (NO_STEP,)
+        server = make_server(reconfigured(setup, *options, f"feda2v.adapter_aggregation_mode={name}"))
         assert type(server.aggregator) is type(make_aggregator(name))
 
 
