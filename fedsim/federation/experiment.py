@@ -114,6 +114,7 @@ class Experiment:
             "used": dict(setup.used),
             "data_fingerprint": setup.data_fingerprint,
             "num_clients": setup.partition.num_clients,
+            "privacy": self._server.guarantee(),
         }
         if (diversity := metrics.get("generator/diversity")) is not None:
             result["generator_collapsed"] = diversity < COLLAPSED

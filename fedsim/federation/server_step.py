@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from fedsim.algorithms.generation import (
+    LOST_IN_NOISE,
     NO_STATISTICS,
     conditions,
     describe_epoch,
@@ -26,6 +27,7 @@ from fedsim.algorithms.row_sample import sample_rows, settle_counts
 from fedsim.config.schema import Config
 from fedsim.federation.clock import RoundClock
 from fedsim.federation.parts import Parts, adapter_part
+from fedsim.federation.privacy import wants_noise
 from fedsim.federation.setup import Setup
 from fedsim.models.generators import FitReport, Generator, GeneratorSpec, make_generator
 from fedsim.models.generators.residual_vae import ResidualVae
@@ -96,6 +98,8 @@ class ServerStep:
             return Stepped(averaged, buffer, {})
         if not len(fresh):
             message = NO_STATISTICS.format(min_count=self._config.privacy.min_count)
+            if wants_noise(self._config):
+                message = LOST_IN_NOISE
             log.warning("%s; round %d is not refined", message, clock.round_number)
             return Stepped(averaged, buffer, {})
         fresh = self._bounded(fresh, clock.round_number)

@@ -40,6 +40,15 @@ VARIANTS = {
     "median": (*SERVER_STEP, "feda2v.adapter_aggregation_mode=median"),
     "yogi": (*SERVER_STEP, "feda2v.server_optimizer=yogi", "feda2v.server_learning_rate=0.01"),
     "server only": (*SERVER_STEP, "federation.local_epochs=0", "federation.cohort_size=3"),
+    "sums": (*SERVER_STEP, "privacy.statistics=sums", "federation.cohort_size=3"),
+    "secure sums": (*SERVER_STEP, "privacy.statistics=sums", "privacy.secure_sums=true"),
+    "noise": (
+        *SERVER_STEP,
+        "privacy.statistics=sums",
+        "feda2v.adapter_aggregation_mode=avg",
+        "feda2v.generator_type=lowrank",
+        "privacy.noise_multiplier=0.1",
+    ),
     "momentum": (NO_STEP, "feda2v.server_optimizer=momentum", "federation.cohort_size=3"),
 }
 
@@ -59,7 +68,7 @@ def state_of(server) -> dict[str, object]:
     if (pooled := state.learnt.pooled) is not None:
         numbers = torch.tensor([pooled.freedom])
         tables["pooled"] = {"factor": pooled.factor, "residual": pooled.residual, "freedom": numbers}
-    tables["network"] = state.learnt.network
+    tables["network"], tables["class_sums"] = state.learnt.network, state.learnt.class_sums
     if state.server_optimizer:
         tables["server_optimizer"] = state.server_optimizer
     kept = {} if server.clients is None else kept_of(server)
