@@ -149,7 +149,7 @@ class Experiment:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
-    packages = ("fedsim-a2v", "torch", "numpy", "ray", "transformers", "mlflow", "scipy", "soundfile")
+    packages = ("fedsim-a2v", "torch", "numpy", "ray", "transformers", "mlflow", "scipy", "soundfile", "opacus")
     found = {"python": platform.python_version()}
     for package in packages:
         try:
