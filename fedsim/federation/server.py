@@ -72,8 +72,8 @@ class Server:
     ) -> None:
         self.setup, self.config, self.pool, self.device = setup, setup.config, pool, device
         self.parts: Parts = build_parts(setup, device)
-        population = setup.partition.num_clients
-        self._receiving = Receiving(self.config, self.parts, num_clients=population, cohort_size=self._cohort_size())
+        cohort, population = self._cohort_size(), setup.partition.num_clients
+        self._receiving = Receiving(self.config, self.parts, num_clients=population, cohort_size=cohort)
         self._client_sums = ClientSums(self.config, int(np.prod(self.parts.adapter.input_shape)))
         self.state = state or ServerState(0, initial_state(setup, self.parts))
         settings = self.config.feda2v
@@ -113,8 +113,8 @@ class Server:
         clock = RoundClock(state.round_number + 1, self._status)
         cohort = self._sample_cohort(clock.round_number)
         blocks = make_blocks(cohort, self.config.resources.clients_per_block)
-        broadcast = self._broadcast(clock.round_number)
-        broadcast = replace(broadcast, ring=self._receiving.ring(cohort, clock.round_number))
+        ring = self._receiving.ring(cohort, clock.round_number)
+        broadcast = replace(self._broadcast(clock.round_number), ring=ring)
         numbers = self._numbers(broadcast, len(cohort))
         with closing(self._joining(len(cohort))) as joining:
             with clock("train"):
@@ -155,8 +155,7 @@ class Server:
     def _learn(self, sums: AdapterState, broadcast: Broadcast) -> Learnt:
         """Earlier rounds are remembered by the share of the population that a cohort leaves out."""
         absent = 1.0 - self._cohort_size() / self.setup.partition.num_clients
-        if self._receiving.adds_noise:
-            absent = 1.0
+        absent = 1.0 if self._receiving.adds_noise else absent
         frozen = self.config.model.audio_encoder.trainable == "none"
         return self._client_sums.learn(self.state.learnt, sums, broadcast.extra, memory=absent if frozen else 0.0)
 
