@@ -45,6 +45,7 @@ class Broadcast:
         extra: what else clients are told, by name: "basis" (see `algorithms.within_class`); "deviation" and
             "generator.*" (see `algorithms.client_generator`); "variate.*" (see `algorithms.control_variates`);
             "prototype.*" and "prototype_known" (see `algorithms.prototypes`).
+        ring: the cohort's clients in the order that makes them neighbours in secure sums; None without.
     """
 
     round_number: int
@@ -53,6 +54,7 @@ class Broadcast:
     evaluate_personal: bool = False
     evaluate_clients: bool = True
     extra: AdapterState = field(default_factory=dict)
+    ring: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -207,11 +209,13 @@ class Learnt:
         pooled: the within-class covariance, or None as long as none was measured.
         network: tensors of the network that clients train, by name; empty where they train none.
         deviation: scale in which they have trained it [S * D]; None as long as they haven't.
+        class_sums: sums per class over the rounds so far (see `algorithms.class_sums`); empty where none are sent.
     """
 
     pooled: PooledCovariance | None = None
     network: AdapterState = field(default_factory=dict)
     deviation: Tensor | None = None
+    class_sums: AdapterState = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -256,7 +260,8 @@ class BlockUpdate:
         seconds: wall time of the block's training.
         sums: what the block's clients add up beside their deltas, along the fixed tree, by name; what `Broadcast.extra`
             asks for: "product", "diagonal" and "freedom" for a basis, "generator.*" and "generator_weight", and
-            "variate.*".
+            "variate.*"; and class sums where they are sent. In secure sums these and `delta_sum` are masked integers
+            (int64).
         kept: the clients' new control variates [K, P], float32; None where they keep none.
     """
 

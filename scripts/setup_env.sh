@@ -10,6 +10,6 @@ if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
   echo "installing fedsim and its dependencies into $VIRTUAL_ENV (the first time takes some minutes)"
   # torch first and alone: a build without CUDA that is already there, or that pip is pointed to, is kept.
   python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
-  python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[search,dev]"
+  python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[search,privacy,dev]"
   echo "$wanted" >"$stamp"
 fi

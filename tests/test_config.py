@@ -280,6 +280,9 @@ def test_all_problems_come_in_one_line() -> None:
 # Keys against each other
 
 
+GENERATOR = {"use_generator": True, "global_model_train": True}
+
+
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
@@ -313,6 +316,82 @@ def test_all_problems_come_in_one_line() -> None:
         ({"feda2v": {"generator_class_groups": [["a"], ["b", "a"]]}}, ["generator_class_groups names 'a' twice"]),
         ({"feda2v": {"generator_class_groups": {"x": []}}}, ["generator_class_groups has a group without a class"]),
         ({"feda2v": {"generator_growth": 0.5, "generator_type": "gan"}}, ["generator_growth is 0.5", "vae_plain"]),
+        ({"privacy": {"statistics": "sums"}, "training": {"prototype_weight": 1}}, ["prototype_weight isn't 0"]),
+        (
+            {"privacy": {"statistics": "sums"}, "feda2v": {"adapter_aggregation_mode": "kd", **GENERATOR}},
+            ["adapter_aggregation_mode is kd", "set statistics to clients"],
+        ),
+        *(
+            (
+                {
+                    "privacy": on,
+                    "training": {"control_variates": True, "optimizer": "SGD"},
+                    "feda2v": {"adapter_aggregation_mode": "avg"},
+                },
+                ["control_variates is true, but"],
+            )
+            for on in ({"secure_sums": True}, {"noise_multiplier": 1.0})
+        ),
+        (
+            {
+                "privacy": {"statistics": "sums"},
+                "feda2v": {"use_generator": True, "global_model_train": True, "generator_type": "cof"},
+            },
+            ["generator_type is cof", "lowrank or gaussian"],
+        ),
+        ({"privacy": {"secure_sums": True}}, ["adapter_aggregation_mode is none", "avg or weighted"]),
+        (
+            {"privacy": {"secure_sums": True}, "feda2v": {"adapter_aggregation_mode": "krum"}},
+            ["adapter_aggregation_mode is krum"],
+        ),
+        (
+            {
+                "privacy": {"secure_sums": True},
+                "feda2v": {"adapter_aggregation_mode": "avg", "global_model_train": True},
+            },
+            ["secure_sums is true", "statistics is clients"],
+        ),
+        (
+            {
+                "privacy": {"secure_sums": True},
+                "feda2v": {"adapter_aggregation_mode": "avg"},
+                "federation": {"quorum": 0.5},
+            },
+            ["federation.quorum is 0.5", "set quorum to 1"],
+        ),
+        *(
+            (
+                {
+                    "privacy": {**on, "statistics": "sums"},
+                    "feda2v": {
+                        "adapter_aggregation_mode": "avg",
+                        "use_generator": True,
+                        "global_model_train": True,
+                        "generator_type": "residual_vae",
+                    },
+                },
+                ["generator_type is residual_vae", "lowrank"],
+            )
+            for on in ({"secure_sums": True}, {"noise_multiplier": 1.0}, {"target_epsilon": 8.0})
+        ),
+        *(
+            (
+                {"privacy": {"noise_multiplier": 1.0}, "feda2v": {"adapter_aggregation_mode": mode}},
+                [f"adapter_aggregation_mode is {mode}", "set it to avg"],
+            )
+            for mode in ("none", "weighted", "median", "trimmed_mean", "krum")
+        ),
+        (
+            {"privacy": {"noise_multiplier": 1.0, "target_epsilon": 8.0}},
+            ["noise_multiplier is 1", "target_epsilon is 8", "give one"],
+        ),
+        (
+            {
+                "privacy": {"target_epsilon": 8.0},
+                "feda2v": {"adapter_aggregation_mode": "avg", "global_model_train": True},
+            },
+            ["privacy.statistics is clients", "set statistics to sums"],
+        ),
         ({"data": {"name": "csv"}}, ["data.name is csv", "data.path"]),
         ({"data": {"classes": []}}, ["data.classes is an empty list"]),
         ({"data": {"classes": ["a", "a"]}}, ["data.classes names 'a' twice"]),
@@ -353,6 +432,7 @@ def test_cohort_may_be_everyone() -> None:
         ({"feda2v": {"use_generator": True}}, "neither trained nor used"),
         ({"federation": {"num_clients": 4}, "nodes": {"a": {}}}, "num_clients is 4 but nodes lists 1 clients"),
         ({"privacy": {"min_count": 1}}, "min_count is 1"),
+        ({"privacy": {"clip_update": 2.0}}, "privacy.clip_update has no effect: there is no noise"),
         (
             {
                 "federation": {"local_epochs": 0},
@@ -423,7 +503,9 @@ def test_explain_a_key() -> None:
 def test_explain_a_section_and_all() -> None:
     lines = explain("privacy").splitlines()
     assert lines[0].startswith("privacy: ")
-    assert [line.split()[0] for line in lines[1:]] == ["privacy.min_count", "privacy.share_variances"]
+    assert [line.split()[0] for line in lines[1:]] == [
+        f"privacy.{name}" for name in ("min_count", "share_variances", "statistics", "secure_sums", "noise_multiplier")
+    ] + [f"privacy.{name}" for name in ("target_epsilon", "delta", "clip_update", "clip_statistics", "embedding_norm")]
     assert len(explain("").splitlines()) == len(Config.model_fields)
 
 

@@ -22,6 +22,11 @@ NO_STATISTICS = (
     "recordings; lower privacy.min_count, or give clients more recordings per class"
 )
 
+LOST_IN_NOISE = (
+    "no class statistics: no class has twice as many recordings as the noise's standard deviation; raise "
+    "privacy.target_epsilon (or lower privacy.noise_multiplier), lower privacy.clip_statistics, or take more clients"
+)
+
 
 def merge_buffer(
     buffer: ClassStats | None,

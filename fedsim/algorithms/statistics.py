@@ -1,23 +1,23 @@
 """The evaluation pass of a client over its own recordings: class statistics, loss and accuracy.
 
 ClassStats are the only thing beside weights that leaves a client: count, mean audio embedding, optional diagonal
-variance and mean adapter output of every class with at least `min_count` recordings. A message's size depends on the
-number of classes, never on the number of recordings.
+variance and mean adapter output of every class with at least `min_count` recordings; or sums of the same over all
+classes (see `class_sums`). A message's size depends on the number of classes, never on the number of recordings.
 
 Legend: K clients of a stack, B batch_size, M (client, class) pairs, S segments, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.algorithms.aggregation import tree_sum_
 from fedsim.algorithms.batches import ClientRows, one_pass
+from fedsim.algorithms.class_sums import COUNT, OUTPUT, SQUARES, TOTAL
 from fedsim.algorithms.client_model import ClientModel
 from fedsim.algorithms.objective import Objective
 from fedsim.algorithms.optimizers import StackParams
@@ -33,13 +33,13 @@ class LocalEvaluation:
     Attributes:
         loss, accuracy: of every client on its own recordings [K].
         stats: class statistics, if they were asked for.
-        scatter: sums of all clients for the pooled within-class covariance, if they were asked for.
+        sums: what each client adds up, by name [K, ...]: for the pooled within-class covariance, and per class.
     """
 
     loss: np.ndarray
     accuracy: np.ndarray
     stats: ClassStats | None
-    scatter: AdapterState
+    sums: AdapterState
 
 
 def evaluate_stack(
@@ -52,6 +52,7 @@ def evaluate_stack(
     stats_min_count: int | None = None,
     share_variances: bool = True,
     basis: Tensor | None = None,
+    class_sums: Collection[str] = (),
 ) -> LocalEvaluation:
     """One pass in no-grad over the recordings of a stack of clients.
 
@@ -64,6 +65,7 @@ def evaluate_stack(
         stats_min_count: send statistics of classes with at least so many recordings; None for no statistics.
         share_variances: include the diagonal variance.
         basis: directions [E, R] in which the spread within classes is measured; None: it isn't.
+        class_sums: names of sums over recordings that are made per class *instead of* statistics (see `class_sums`).
     """
     batches = one_pass(clients, batch_size=batch_size)
     device = batches.mask.device
@@ -80,12 +82,15 @@ def evaluate_stack(
             correct[first:] += (hits * batch.mask).sum(1)
             if sums is not None:
                 sums.add(first, batch.labels, batch.mask, embeddings, outputs)
-        stats, scatter = None, {}
+        stats, added = None, {}
         if sums is not None and stats_min_count is not None:
-            stats = sums.table(min_count=stats_min_count, share_variances=share_variances)
-            scatter = {} if basis is None else sums.scatter(basis, min_count=stats_min_count)
+            added = {} if basis is None else sums.scatter(basis, min_count=stats_min_count)
+            if class_sums:
+                added |= sums.per_class(class_sums, min_count=stats_min_count)
+            else:
+                stats = sums.table(min_count=stats_min_count, share_variances=share_variances)
     mean_loss, accuracy = (total.cpu().numpy() / clients.counts for total in (loss, correct))
-    return LocalEvaluation(mean_loss, accuracy, stats, scatter)
+    return LocalEvaluation(mean_loss, accuracy, stats, added)
 
 
 def empty_stats(adapter: Adapter) -> ClassStats:
@@ -162,7 +167,7 @@ class _ClassSums:
         )
 
     def scatter(self, basis: Tensor, *, min_count: int) -> AdapterState:
-        """Sums over all clients for the pooled within-class covariance, of pairs with `min_count` recordings."""
+        """Every client's sums for the pooled within-class covariance, of pairs with `min_count` recordings."""
         clients, (size, rank) = len(self._clients), basis.shape
         sums = {
             "product": torch.zeros(clients, size, rank, device=self._device),
@@ -178,7 +183,20 @@ class _ClassSums:
             add_scatter_({name: total[kept.first :] for name, total in sums.items()}, deviations, basis)
         freedom = np.bincount(self._pairs // self._classes, np.where(chosen, self._counts - 1, 0), minlength=clients)
         sums["freedom"] += torch.from_numpy(freedom.astype(np.float32)).to(self._device).unsqueeze(1)
-        return {name: tree_sum_(total).cpu().clone() for name, total in sums.items()}
+        return sums
+
+    def per_class(self, names: Collection[str], *, min_count: int) -> AdapterState:
+        """Every client's sums of all classes [K, C, ...], zero where it has fewer than `min_count` recordings."""
+        rows = torch.from_numpy(np.flatnonzero(self._counts >= min_count)).to(self._device)
+        made = {COUNT: torch.from_numpy(self._counts).to(self._device, torch.float32)}
+        made |= {TOTAL: self._sum(lambda pair, x: x)} if TOTAL in names else {}
+        made |= {SQUARES: self._sum(lambda pair, x: x.square())} if SQUARES in names else {}
+        made |= {OUTPUT + head: total for head, total in self._outputs.items()}
+        clients = len(self._clients)
+        tables = {n: made[n].new_zeros(clients * self._classes, *made[n].shape[1:]) for n in names}
+        for name, table in tables.items():
+            table[self._number[rows]] = made[name][rows]
+        return {name: table.view(clients, self._classes, *table.shape[1:]) for name, table in tables.items()}
 
     def _mean(self) -> Tensor:
         """Mean audio embedding of every pair."""

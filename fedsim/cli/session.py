@@ -137,6 +137,8 @@ def _tell(result: Mapping[str, Any], run_dir: Path, console: Console) -> None:
         refined = f", {metrics['eval/top1']:.1%} after refinement" if "server/refinement_kept" in metrics else ""
         top1 = f"{metrics['eval/top1_averaged']:.1%} averaged{refined}"
         lines.append(f"held-out top-1 after {result['rounds']} rounds: {top1}")
+    if result["privacy"]["epsilon"] is not None:
+        lines.append(f"privacy: {result['privacy']['guarantee']}")
     shown = os.path.relpath(run_dir) if Path.cwd() in run_dir.parents else run_dir
     lines += [f"digest {result['digest']}", f"results: {shown}"]
     if result["mlflow_uri"]:

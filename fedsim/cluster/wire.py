@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.algorithms.secure_sum import MASKED_WEIGHT
 from fedsim.errors import ModelError
 from fedsim.types import AdapterState, Block, BlockUpdate, Broadcast, ClassStats
 
@@ -30,7 +31,7 @@ class PackedState:
     Attributes:
         names: tensor names.
         shapes: their shapes.
-        vector: float32 [number of parameters], tensor after tensor.
+        vector: float32, or int64 where they are masked [number of parameters], tensor after tensor.
     """
 
     names: tuple[str, ...]
@@ -38,14 +39,14 @@ class PackedState:
     vector: np.ndarray
 
 
-def pack_state(state: Mapping[str, Tensor]) -> PackedState:
-    """Tensors to one vector.
+def pack_state(state: Mapping[str, Tensor], *, masked: bool = False) -> PackedState:
+    """Tensors to one vector; those of secure sums (`masked`) are int64.
 
     Raises:
         ModelError: a tensor isn't float32.
     """
     for name, tensor in state.items():
-        if tensor.dtype != torch.float32:
+        if tensor.dtype != (torch.int64 if masked else torch.float32):
             raise ModelError(f"only float32 tensors are federated, {name} is {tensor.dtype}")
     parts = [tensor.detach().cpu().reshape(-1).numpy() for tensor in state.values()]
     vector = np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
@@ -97,10 +98,10 @@ def unpack_block(message: tuple[int, np.ndarray, np.ndarray | None]) -> Block:
 
 def pack_update(update: BlockUpdate) -> dict[str, Any]:
     """A block's update as plain values and numpy arrays."""
-    stats = update.stats
+    stats, masked = update.stats, MASKED_WEIGHT in update.sums
     return {
         "index": update.index,
-        "delta_sum": None if update.delta_sum is None else pack_state(update.delta_sum),
+        "delta_sum": None if update.delta_sum is None else pack_state(update.delta_sum, masked=masked),
         "weight_sum": update.weight_sum,
         "client": stats.client,
         "label": stats.label,
@@ -112,7 +113,7 @@ def pack_update(update: BlockUpdate) -> dict[str, Any]:
         "metrics": update.metrics,
         "updates": update.updates,
         "seconds": update.seconds,
-        "sums": pack_state(update.sums),
+        "sums": pack_state(update.sums, masked=masked),
         "kept": update.kept,
     }
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import get_args
 
 from fedsim.config.keys import find_key, suggestion
-from fedsim.config.schema import Config, Data, FedA2V, SearchRange
+from fedsim.config.schema import Config, Data, FedA2V, Privacy, SearchRange
 from fedsim.errors import ConfigError
 
 GRANULAR = ("vae", "vae_plain", "gan", "cgan")
@@ -35,6 +35,8 @@ def check_config(config: Config) -> list[str]:
     _check_client_generator(config)
     _check_granularity(config.feda2v)
     _check_growth(config.feda2v)
+    _check_sums(config)
+    _check_noise(config)
     for name, searched in config.search.space.items():
         _check_range(name, searched)
     if config.data.name == "csv" and config.data.path is None:
@@ -246,6 +248,84 @@ def _check_growth(settings: FedA2V) -> None:
         )
 
 
+def _wants_noise(privacy: Privacy) -> bool:
+    return privacy.noise_multiplier > 0 or privacy.target_epsilon is not None
+
+
+def _check_sums(config: Config) -> None:
+    """What can be summed up, and what can be masked."""
+    settings, privacy = config.feda2v, config.privacy
+    used = settings.use_generator and settings.global_model_train
+    by_client = {
+        "feda2v.adapter_aggregation_mode is kd": settings.adapter_aggregation_mode == "kd",
+        "training.prototype_weight isn't 0": config.training.prototype_weight > 0,
+    }
+    if privacy.statistics == "sums" and any(by_client.values()):
+        what = next(name for name, wanted in by_client.items() if wanted)
+        raise ConfigError(
+            f"privacy.statistics is sums and {what}, which needs a row per client and class; set statistics to clients"
+        )
+    if (privacy.secure_sums or _wants_noise(privacy)) and config.training.control_variates:
+        raise ConfigError(
+            "training.control_variates is true, but changes of control variates are neither masked nor hidden by "
+            "noise; leave it out, or privacy.secure_sums, noise_multiplier and target_epsilon"
+        )
+    if privacy.statistics == "sums" and used and settings.generator_type == "cof":
+        raise ConfigError(
+            "privacy.statistics is sums and feda2v.generator_type is cof, which recovers variances from the spread of "
+            "the clients' means, which sums hide; set generator_type to lowrank or gaussian, or statistics to clients"
+        )
+    if not privacy.secure_sums:
+        return
+    if settings.adapter_aggregation_mode not in {"avg", "weighted"}:
+        raise ConfigError(
+            f"privacy.secure_sums is true and feda2v.adapter_aggregation_mode is {settings.adapter_aggregation_mode}, "
+            "which needs more than the sum of the clients; set it to avg or weighted"
+        )
+    if settings.global_model_train and privacy.statistics != "sums":
+        raise ConfigError(
+            "privacy.secure_sums is true and privacy.statistics is clients, which sends a row per client and class; "
+            "set statistics to sums"
+        )
+    if used and settings.generator_type == "residual_vae":
+        raise ConfigError(
+            "privacy.secure_sums is true and feda2v.generator_type is residual_vae, whose weights aren't masked; set "
+            "generator_type to lowrank"
+        )
+    if config.federation.quorum < 1:
+        raise ConfigError(
+            f"privacy.secure_sums is true and federation.quorum is {config.federation.quorum:g}, but a sum that a "
+            "client is missing from can't be opened; set quorum to 1"
+        )
+
+
+def _check_noise(config: Config) -> None:
+    """What the clients' contributions must be for noise to hide one of them."""
+    settings, privacy = config.feda2v, config.privacy
+    if privacy.noise_multiplier and privacy.target_epsilon is not None:
+        raise ConfigError(
+            f"privacy.noise_multiplier is {privacy.noise_multiplier:g} and privacy.target_epsilon is "
+            f"{privacy.target_epsilon:g}; give one of them, the other follows"
+        )
+    if not _wants_noise(privacy):
+        return
+    if settings.adapter_aggregation_mode != "avg":
+        raise ConfigError(
+            f"privacy noise is on and feda2v.adapter_aggregation_mode is {settings.adapter_aggregation_mode}, but "
+            "noise is calibrated for a plain sum in which all clients weigh the same; set it to avg"
+        )
+    if settings.global_model_train and privacy.statistics != "sums":
+        raise ConfigError(
+            "privacy noise is on and privacy.statistics is clients, but noise hides a client in a sum, not in its own "
+            "means; set statistics to sums"
+        )
+    if settings.use_generator and settings.global_model_train and settings.generator_type == "residual_vae":
+        raise ConfigError(
+            "privacy noise is on and feda2v.generator_type is residual_vae, whose weights clients send unbounded; set "
+            "generator_type to lowrank"
+        )
+
+
 def _check_range(name: str, searched: SearchRange) -> None:
     """One searched key: it exists, and its range or choices hold something."""
     key = find_key(name)
@@ -309,8 +389,15 @@ def _warnings(config: Config) -> list[str]:
             for name in ("kd_epochs", "kd_learning_rate", "kd_samples_per_class")
             if getattr(settings, name) != FedA2V.model_fields[name].default
         ]
-    if config.privacy.min_count == 1:
+    privacy = config.privacy
+    if privacy.min_count == 1 and not (privacy.secure_sums or _wants_noise(privacy)):
         found.append(
             "privacy.min_count is 1: the statistics of a class with one recording are that recording's embedding"
         )
+    if not _wants_noise(privacy):
+        found += [
+            f"privacy.{name} has no effect: there is no noise (privacy.noise_multiplier is 0)"
+            for name in ("delta", "clip_update", "clip_statistics", "embedding_norm")
+            if getattr(privacy, name) != Privacy.model_fields[name].default
+        ]
     return found

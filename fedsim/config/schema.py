@@ -352,6 +352,30 @@ class Privacy(Section):
         3, "class statistics are sent for classes with at least so many recordings (1 warns)", "recordings", ge=1
     )
     share_variances: bool = key(True, "also send the diagonal variance of a class's audio embeddings")
+    statistics: Literal["clients", "sums"] = key(
+        "clients",
+        "class statistics as a row per (client, class), or as sums over the cohort: messages of one length, whatever "
+        "classes a client holds, and a row per class for the generator",
+    )
+    secure_sums: bool = key(
+        False, "simulate secure sums: masked integers, of which the server can read the cohort's sum alone; slower"
+    )
+    noise_multiplier: float = key(
+        0.0, "client-level differential privacy: noise on every sum, in units of its sensitivity (0: none)", ge=0
+    )
+    target_epsilon: float | None = key(
+        None, "choose the noise multiplier so that the whole run ends within this epsilon", gt=0
+    )
+    delta: float | None = key(None, "delta that epsilon is told for (default: clients ** -1.1)", gt=0, lt=1)
+    clip_update: float = key(1.0, "with noise: a client's change of the adapter is clipped to this norm", gt=0)
+    clip_statistics: float = key(
+        4.0, "with noise: a client's statistics are clipped to this norm, about that of so many recordings", gt=0
+    )
+    embedding_norm: float | None = key(
+        None,
+        "with noise: public length of an audio embedding, by which statistics are scaled (default: sqrt(S * D))",
+        gt=0,
+    )
 
 
 class Resources(Section):

@@ -130,6 +130,7 @@ def _tables(state: ServerState) -> dict[str, dict[str, Tensor]]:
         tables["client_generator"]["deviation"] = state.learnt.deviation
     tables["server_optimizer"] = dict(state.server_optimizer)
     tables["guides"] = dict(state.guides)
+    tables["class_sums"] = dict(state.learnt.class_sums)
     # safetensors keeps one copy of shared memory; clones keep tables independent of that.
     return {name: {k: t.clone() for k, t in table.items()} for name, table in tables.items() if table}
 
@@ -253,7 +254,8 @@ def _from_tables(round_number: int, tables: Mapping[str, dict[str, Tensor]]) -> 
         table = tables["pooled"]
         pooled = PooledCovariance(table["factor"], table["residual"], float(table["freedom"]))
     network = dict(tables.get("client_generator", {}))
-    learnt = Learnt(pooled, deviation=network.pop("deviation", None), network=network)
+    deviation, class_sums = network.pop("deviation", None), tables.get("class_sums", {})
+    learnt = Learnt(pooled, deviation=deviation, network=network, class_sums=class_sums)
     generator, moments = tables.get("generator", {}), tables.get("server_optimizer", {})
     guides = tables.get("guides", {})
     return ServerState(round_number, tables["adapter"], generator, buffer, clients, learnt, moments, guides)

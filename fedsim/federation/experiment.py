@@ -114,6 +114,7 @@ class Experiment:
             "used": dict(setup.used),
             "data_fingerprint": setup.data_fingerprint,
             "num_clients": setup.partition.num_clients,
+            "privacy": self._server.guarantee(),
         }
         if (diversity := metrics.get("generator/diversity")) is not None:
             result["generator_collapsed"] = diversity < COLLAPSED
@@ -148,7 +149,7 @@ class Experiment:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
-    packages = ("fedsim-a2v", "torch", "numpy", "ray", "transformers", "mlflow", "scipy", "soundfile")
+    packages = ("fedsim-a2v", "torch", "numpy", "ray", "transformers", "mlflow", "scipy", "soundfile", "opacus")
     found = {"python": platform.python_version()}
     for package in packages:
         try:

@@ -6,14 +6,16 @@ Everything is checked by whole arrays: a block of a thousand clients costs about
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.algorithms.class_sums import COUNT, SQUARES
 from fedsim.algorithms.client_generator import PREFIX, WEIGHT
 from fedsim.algorithms.control_variates import PREFIX as VARIATE
+from fedsim.algorithms.secure_sum import MASKED_WEIGHT
 from fedsim.errors import ClientError
 from fedsim.types import AdapterState, Block, BlockUpdate, Broadcast, ClassStats, ClientMetrics
 
@@ -33,6 +35,8 @@ class Expected:
         head_shapes: shape of an adapter output, by head.
         min_count: fewest recordings behind a row of class statistics.
         keeps_variates: a row of control variates per client.
+        class_sums: shapes of the sums that clients send per class, by name.
+        masked: sums are masked integers, of which names and shapes are all that can be checked.
     """
 
     adapter: Mapping[str, tuple[int, ...]]
@@ -42,6 +46,8 @@ class Expected:
     head_shapes: Mapping[str, tuple[int, ...]]
     min_count: int
     keeps_variates: bool = False
+    class_sums: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    masked: bool = False
 
     @property
     def row_size(self) -> int:
@@ -87,7 +93,7 @@ def _problems(update: BlockUpdate, block: Block, expected: Expected, broadcast: 
         yield from _row_problems(update.kept, len(block.client_ids), expected.row_size, "control variates")
     yield from _metric_problems(update.metrics, len(block.client_ids), measured_metrics(broadcast))
     yield from _stats_problems(update.stats, block, expected)
-    yield from _sum_problems(update.sums, broadcast)
+    yield from _sum_problems(update.sums, broadcast, expected)
 
 
 def _row_problems(rows: np.ndarray | None, count: int, row_size: int, what: str) -> Iterator[str]:
@@ -150,22 +156,29 @@ def _stats_problems(stats: ClassStats, block: Block, expected: Expected) -> Iter
         yield "audio_var has negative numbers"
 
 
-def _sum_problems(sums: AdapterState, broadcast: Broadcast) -> Iterator[str]:
+def _sum_problems(sums: AdapterState, broadcast: Broadcast, expected: Expected) -> Iterator[str]:
     wanted: dict[str, tuple[int, ...]] = {}
     if (basis := broadcast.extra.get("basis")) is not None:
         wanted = {"product": tuple(basis.shape), "diagonal": (len(basis),), "freedom": (1,)}
     networks = {name: tuple(t.shape) for name, t in broadcast.extra.items() if name.startswith(PREFIX)}
     wanted |= networks | ({WEIGHT: (1,)} if networks else {})
     wanted |= {name: tuple(t.shape) for name, t in broadcast.extra.items() if name.startswith(VARIATE)}
+    wanted |= expected.class_sums
+    if expected.masked:
+        wanted[MASKED_WEIGHT] = (1,)
     if sums.keys() != wanted.keys():
         yield f"its sums are {sorted(sums)}, expected {sorted(wanted)}"
         return
     for name, shape in wanted.items():
         if tuple(sums[name].shape) != shape:
             yield f"the sum {name} has shape {list(sums[name].shape)}, expected {list(shape)}"
+        elif (sums[name].dtype == torch.int64) != expected.masked:
+            yield f"the sum {name} is {sums[name].dtype}, but secure sums are {'on' if expected.masked else 'off'}"
+        elif expected.masked:
+            continue
         elif not all_finite(sums[name]):
             yield f"the sum {name} has non-finite numbers"
-        elif name in ("diagonal", "freedom", WEIGHT) and float(sums[name].min()) < 0:
+        elif name in ("diagonal", "freedom", WEIGHT, COUNT, SQUARES) and float(sums[name].min()) < 0:
             yield f"the sum {name} has negative numbers"
 
 

@@ -13,6 +13,7 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from fedsim.algorithms.aggregation import make_aggregator
 from fedsim.algorithms.batches import padding_share
 from fedsim.algorithms.distillation import client_states
-from fedsim.algorithms.sampling import order_cohort, sample_cohort
+from fedsim.algorithms.sampling import order_cohort
 from fedsim.algorithms.server_optimizer import make_server_optimizer
 from fedsim.errors import ConfigError, QuorumError
 from fedsim.federation.blocks import make_blocks
@@ -35,6 +36,7 @@ from fedsim.federation.held_out import HeldOut
 from fedsim.federation.messages import Expected, check_update, shown, state_bytes
 from fedsim.federation.parts import Parts, build_parts, initial_state
 from fedsim.federation.pool import ClientPool, LostBlock
+from fedsim.federation.privacy import Receiving
 from fedsim.federation.server_step import ServerStep
 from fedsim.federation.setup import Setup
 from fedsim.seeding import rng
@@ -72,6 +74,8 @@ class Server:
     ) -> None:
         self.setup, self.config, self.pool, self.device = setup, setup.config, pool, device
         self.parts: Parts = build_parts(setup, device)
+        cohort, population = self._cohort_size(), setup.partition.num_clients
+        self._receiving = Receiving(self.config, self.parts, num_clients=population, cohort_size=cohort)
         self._client_sums = ClientSums(self.config, int(np.prod(self.parts.adapter.input_shape)))
         self.state = state or ServerState(0, initial_state(setup, self.parts))
         settings = self.config.feda2v
@@ -97,6 +101,8 @@ class Server:
             head_shapes={head: tuple(spec.shape) for head, spec in self.parts.adapter.specs.items()},
             min_count=self.config.privacy.min_count,
             keeps_variates=self.config.training.control_variates,
+            class_sums=self._receiving.wanted,
+            masked=self.config.privacy.secure_sums,
         )
         self.clients = self._open_clients()
         self._step = ServerStep(setup, self.parts, self.state.generator)
@@ -111,21 +117,22 @@ class Server:
         clock = RoundClock(state.round_number + 1, self._status)
         cohort = self._sample_cohort(clock.round_number)
         blocks = make_blocks(cohort, self.config.resources.clients_per_block)
-        broadcast = self._broadcast(clock.round_number)
+        ring = self._receiving.ring(cohort, clock.round_number)
+        broadcast = replace(self._broadcast(clock.round_number), ring=ring)
         numbers = self._numbers(broadcast, len(cohort))
         with closing(self._joining(len(cohort))) as joining:
             with clock("train"):
                 lost = self._train(blocks, broadcast, joining, numbers, clock)
             with clock("aggregate"):
-                joined = joining.joined()
+                joined, sums = self._receiving.read(joining.joined(), numbers.sums(), clock.round_number)
                 averaged = self.aggregator.step(state.adapter, joined)
                 averaged, moments = self.optimizer.step(state.adapter, averaged, state.server_optimizer)
-                stats = numbers.stats()
-                learnt = self._learn(numbers.sums(), broadcast)
-                guides = self._guides.learn(broadcast.extra, numbers.sums(), stats)
+                learnt = self._receiving.learn(state.learnt, self._learn(sums, broadcast), sums)
+                stats = self._receiving.stats(learnt, sums) or numbers.stats()
+                guides = self._guides.learn(broadcast.extra, sums, stats)
             teachers = client_states(joined, state.adapter)
             stepped = self._step.run(averaged, stats, state.buffer, learnt, clock, teachers)
-        metrics = stepped.metrics | numbers.metrics()
+        metrics = stepped.metrics | numbers.metrics() | self._receiving.metrics(clock.round_number)
         if broadcast.evaluate_clients:
             metrics |= self.held_out.measure(
                 averaged, stepped.adapter, cohort=cohort, step=self._step, buffer=stepped.buffer, clock=clock
@@ -146,7 +153,7 @@ class Server:
         """The cohort in the order that fixes blocks and sums."""
         partition = self.setup.partition
         stream = rng(self.config.experiment.seed, "cohort", round_number)
-        cohort = sample_cohort(partition.num_clients, self._cohort_size(), stream)
+        cohort = self._receiving.sample_cohort(stream)
         return order_cohort(cohort, partition.counts_of(cohort), batch_size=self.config.training.batch_size)
 
     def _cohort_size(self) -> int:
@@ -156,6 +163,7 @@ class Server:
     def _learn(self, sums: AdapterState, broadcast: Broadcast) -> Learnt:
         """Earlier rounds are remembered by the share of the population that a cohort leaves out."""
         absent = 1.0 - self._cohort_size() / self.setup.partition.num_clients
+        absent = 1.0 if self._receiving.adds_noise else absent
         frozen = self.config.model.audio_encoder.trainable == "none"
         return self._client_sums.learn(self.state.learnt, sums, broadcast.extra, memory=absent if frozen else 0.0)
 
@@ -205,6 +213,7 @@ class Server:
                 joining.add(answer, blocks[answer.index])
                 numbers.add(answer)
                 clock.clients(numbers.answered, total)
+        self._receiving.require_everyone(len(lost), broadcast.round_number)
         self._require_quorum(numbers.answered, total, broadcast.round_number)
         return lost
 
@@ -255,6 +264,10 @@ class Server:
             return up + numbers.answered * changed, len(cohort) * (size + told)
         newcomers = int((self.state.clients.slots_of(cohort) < 0).sum())
         return up, newcomers * size + len(cohort) * told
+
+    def guarantee(self) -> dict[str, object]:
+        """What is promised to clients about the rounds so far, for result.json."""
+        return self._receiving.guarantee(self.state.round_number)
 
     def confusion(self) -> np.ndarray:
         """Counts [C, C] of the global adapter on the held-out recordings, rows true, columns predicted."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedsim.algorithms.distillation import Distillation, Distilled, Teachers, distil, teacher_outputs
 from fedsim.algorithms.generation import (
+    LOST_IN_NOISE,
     NO_STATISTICS,
     conditions,
     describe_epoch,
@@ -30,6 +31,7 @@ from fedsim.config.schema import Config, FedA2V
 from fedsim.federation.clock import RoundClock
 from fedsim.federation.oracle import recordings_as_statistics
 from fedsim.federation.parts import Parts, adapter_part
+from fedsim.federation.privacy import wants_noise
 from fedsim.federation.setup import Setup
 from fedsim.models.generators import Evidence, FitReport, Generator, GeneratorSpec, make_generator
 from fedsim.models.generators.granular import class_groups
@@ -107,6 +109,8 @@ class ServerStep:
             return Stepped(averaged, buffer, {})
         if not len(fresh):
             message = NO_STATISTICS.format(min_count=self._config.privacy.min_count)
+            if wants_noise(self._config):
+                message = LOST_IN_NOISE
             log.warning("%s; round %d is not refined%s", message, clock.round_number, kd * " nor distilled")
             return Stepped(averaged, buffer, {})
         fresh = self._bounded(fresh, clock.round_number)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedsim.algorithms.privacy import require_accountant
 from fedsim.config.schema import AdapterPreset, Config
 from fedsim.data import open_recordings
 from fedsim.data.download import fetch_esc50
@@ -81,6 +82,8 @@ def prepare(config: Config, progress: Progress | None = None) -> Setup:
     Raises:
         FedsimError: whatever is wrong with the data, the encoders or their combination, in one line.
     """
+    if config.privacy.noise_multiplier or config.privacy.target_epsilon is not None:
+        require_accountant()
     path = config.data.path
     if path is None and config.data.download and config.data.name.startswith("esc"):
         path = str(fetch_esc50(cache_dir(config), progress=progress))

@@ -23,7 +23,6 @@ from fedsim.algorithms.local_training import (
     LocalTraining,
     shared_start,
     train_stack,
-    weighted_deltas,
 )
 from fedsim.algorithms.optimizers import StackParams
 from fedsim.algorithms.prototypes import with_prototypes
@@ -32,6 +31,7 @@ from fedsim.config.schema import Config
 from fedsim.errors import ClientError
 from fedsim.federation.messages import all_finite
 from fedsim.federation.parts import Parts, adapter_part, rows_of
+from fedsim.federation.privacy import Sending, summed, sums_wanted
 from fedsim.federation.setup import Setup
 from fedsim.federation.stack_size import ClientCosts, client_costs, stack_size
 from fedsim.models.adapters.shared_weight import SharedWeight, multiplied_out
@@ -102,6 +102,7 @@ class StackTrainer:
             generator_training(setup.config), min_count=setup.config.privacy.min_count
         )
         self._buffers = Buffers()
+        self._sending, self._class_sums = Sending(setup.config, parts), sums_wanted(setup.config, parts)
 
     def costs(self, broadcast: Broadcast, *, most_steps: int, own: bool) -> ClientCosts:
         """Of a client of a block whose longest takes `most_steps`; `own` where clients start from their own tensors."""
@@ -110,8 +111,9 @@ class StackTrainer:
             segments=self._parts.adapter.input_shape[0],
             steps=most_steps,
             how=self.how,
-            apart=own or self._aggregator.needs_updates,
-            sums=broadcast.extra["basis"].numel() if "basis" in broadcast.extra else 0,
+            apart=own or self._aggregator.needs_updates or self._sending.apart,
+            sums=(broadcast.extra["basis"].numel() if "basis" in broadcast.extra else 0)
+            + sum(int(np.prod(shape)) for shape in self._class_sums.values()),
         )
 
     def size(self, costs: ClientCosts) -> int:
@@ -152,17 +154,20 @@ class StackTrainer:
         if variates is not None:
             steps, rate = self.how.steps(data.counts), self.how.learning_rate
             kept, changes = variates.renewed(params, broadcast.adapter, steps=steps, rate=rate, weights=weights)
-        updates = self._updates(params, broadcast) if self._aggregator.needs_updates else None
-        delta_sum = weighted_deltas(params, broadcast.adapter, weights) if updates is None else None
+        updates, delta_sum, sums = None, None, {} if after is None else after.sums
+        if self._aggregator.needs_updates:
+            updates, sums = self._updates(params, broadcast), summed(sums)
+        else:
+            delta_sum, sums = self._sending.sum(params, sums, weights, data.client, broadcast)
         if not (np.isfinite(losses).all() and _finite(delta_sum, updates)):
             self._blame(params, losses, data.client, broadcast.round_number)
         return TrainedStack(
             delta_sum=delta_sum,
-            weight_sum=float(weights.sum()),
+            weight_sum=0.0 if broadcast.ring is not None else float(weights.sum()),
             stats=empty_stats(self._parts.adapter) if after is None or after.stats is None else after.stats,
             metrics=_metrics(data, losses, before, after, held_out),
             updates=updates,
-            sums=({} if after is None else after.scatter) | self._generators(data, broadcast) | changes,
+            sums=sums | self._generators(data, broadcast) | changes,
             kept=kept,
         )
 
@@ -212,6 +217,7 @@ class StackTrainer:
             stats_min_count=self._config.privacy.min_count if with_stats else None,
             share_variances=self._config.privacy.share_variances,
             basis=None if basis is None else basis.to(self._parts.device),
+            class_sums=self._class_sums,
         )
 
     def _generators(self, data: ClientRows, broadcast: Broadcast) -> AdapterState:

@@ -60,7 +60,7 @@ def sums_of(clients: list[int], basis: torch.Tensor, *, min_count: int = 2) -> d
         stats_min_count=min_count,
         basis=basis,
     )
-    return found.scatter
+    return {name: tree_sum(total) for name, total in found.sums.items()}
 
 
 def central(clients: list[int], *, min_count: int = 2) -> tuple[torch.Tensor, int]:

@@ -312,3 +312,23 @@ def test_what_guides_clients_and_what_they_teach_has_the_same_bits_with_two_acto
     if here.clients is not None:
         assert kept_of(there) == kept_of(here)
     assert numbers(again) == numbers(results)
+
+
+@pytest.mark.slow
+def test_masks_and_noise_are_the_same_in_this_process_and_with_two_actors(cluster, setup):
+    private = reconfigured(
+        setup,
+        *SERVER_STEP,
+        "feda2v.adapter_aggregation_mode=avg",
+        "feda2v.generator_type=lowrank",
+        "privacy.statistics=sums",
+        "privacy.secure_sums=true",
+        "privacy.noise_multiplier=0.05",
+        "privacy.embedding_norm=4",
+    )
+    server, results = run(private, 2)
+    with ray_pool(private, 2) as pool:
+        other, others = run(private, 2, pool=pool)
+    assert digest(other.state.adapter) == digest(server.state.adapter)
+    assert numbers(others) == numbers(results)
+    assert server.state.buffer is not None

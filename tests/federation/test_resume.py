@@ -50,6 +50,15 @@ VARIANTS = {
     "fedproto and scaffold": (*SERVER_STEP, *FEDPROTO, *SCAFFOLD[1:]),
     "kd": (*SERVER_STEP, "feda2v.adapter_aggregation_mode=kd", "feda2v.kd_epochs=2", "feda2v.kd_samples_per_class=4"),
     "server only": (*SERVER_STEP, "federation.local_epochs=0", "federation.cohort_size=3"),
+    "sums": (*SERVER_STEP, "privacy.statistics=sums", "federation.cohort_size=3"),
+    "secure sums": (*SERVER_STEP, "privacy.statistics=sums", "privacy.secure_sums=true"),
+    "noise": (
+        *SERVER_STEP,
+        "privacy.statistics=sums",
+        "feda2v.adapter_aggregation_mode=avg",
+        "feda2v.generator_type=lowrank",
+        "privacy.noise_multiplier=0.1",
+    ),
     "momentum": (NO_STEP, "feda2v.server_optimizer=momentum", "federation.cohort_size=3"),
 }
 
@@ -71,7 +80,7 @@ def state_of(server) -> dict[str, object]:
     if (pooled := state.learnt.pooled) is not None:
         numbers = torch.tensor([pooled.freedom])
         tables["pooled"] = {"factor": pooled.factor, "residual": pooled.residual, "freedom": numbers}
-    tables["network"] = state.learnt.network
+    tables["network"], tables["class_sums"] = state.learnt.network, state.learnt.class_sums
     if state.server_optimizer:
         tables["server_optimizer"] = state.server_optimizer
     if state.guides:
