@@ -64,11 +64,14 @@ class Block:
         client_ids: the clients [K], int64, in cohort order.
         own: where the aggregator keeps clients apart (`none`): the tensors each client starts from, as flat rows
             [K, P] (see `flatten_state`); None: all start from the broadcast.
+        generators: where clients keep their own generators: the networks they start from, flat rows; None: no network
+            was broadcast, or it is everybody's.
     """
 
     index: int
     client_ids: np.ndarray
     own: np.ndarray | None = None
+    generators: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,8 @@ class Learnt:
 
     Attributes:
         pooled: the within-class covariance, or None as long as none was measured.
-        network: tensors of the network that clients train, by name; empty where they train none.
+        network: tensors of the network that clients train, by name; empty where they train none. Where each keeps its
+            own, the one that newcomers start from.
         deviation: scale in which they have trained it [S * D]; None as long as they haven't.
     """
 
@@ -250,6 +254,7 @@ class BlockUpdate:
         seconds: wall time of the block's training.
         sums: what the block's clients add up beside their deltas, along the fixed tree, by name; what `Broadcast.extra`
             asks for: "product", "diagonal" and "freedom" for a basis, "generator.*" and "generator_weight".
+        generators: the networks that clients keep, trained on, flat rows like the block's.
     """
 
     index: int
@@ -260,6 +265,7 @@ class BlockUpdate:
     updates: np.ndarray | None
     seconds: float
     sums: AdapterState = field(default_factory=dict)
+    generators: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,8 @@ def _check_model(config: Config) -> None:
 
 def _check_local_epochs(config: Config) -> None:
     """Where clients don't train, the server has to."""
-    if not config.federation.local_epochs and not config.feda2v.global_model_train:
+    settings = config.feda2v
+    if not config.federation.local_epochs and not settings.global_model_train and settings.clients_train == "none":
         raise ConfigError(
             "federation.local_epochs is 0 and feda2v.global_model_train is false, so nothing would be trained; set "
             "global_model_train to true (the server trains on clients' statistics), or local_epochs to at least 1"
@@ -149,12 +150,39 @@ def _check_server_optimizer(config: Config) -> None:
 def _check_client_generator(config: Config) -> None:
     """Clients train residuals of embeddings that stay as they are."""
     settings, trainable = config.feda2v, config.model.audio_encoder.trainable
-    trained = settings.use_generator and settings.global_model_train and settings.generator_type == "residual_vae"
-    if trained and trainable != "none":
+    trained = settings.clients_train
+    if trained == "shared" and settings.client_generator == "own":
         raise ConfigError(
-            f"feda2v.generator_type is residual_vae and model.audio_encoder.trainable is {trainable!r}, but clients "
-            "train it on embeddings of a frozen encoder; set trainable to none, or generator_type to lowrank"
+            "feda2v.generator_type is residual_vae, which clients average, but feda2v.client_generator is own; set "
+            "generator_type to lowrank, or leave client_generator out"
         )
+    if trained != "none" and trainable != "none":
+        given = "generator_type is residual_vae"
+        if settings.client_generator != "none":
+            given = f"client_generator is {settings.client_generator}"
+        raise ConfigError(
+            f"feda2v.{given} and model.audio_encoder.trainable is {trainable!r}, but clients "
+            "train it on embeddings of a frozen encoder; set trainable to none, or generator_type to lowrank"
+            " and client_generator to none"
+        )
+    needing = {
+        "training.augmentation": config.training.augmentation > 0,
+        "feda2v.save_generators": settings.save_generators,
+        "feda2v.pretrained_generators": settings.pretrained_generators is not None,
+    }
+    if trained == "none" and any(needing.values()):
+        name = next(name for name, given in needing.items() if given)
+        raise ConfigError(f"{name} needs a generator on the clients; set feda2v.client_generator to own or shared")
+    if config.data.generators is None:
+        return
+    for name, there in (("nodes", bool(config.nodes)), ("feda2v.client_generator", trained != "none")):
+        if there:
+            raise ConfigError(
+                f"data.generators replaces all recordings by rows of saved generators, one client for each of theirs; "
+                f"{name} can't be given beside it"
+            )
+    if trainable != "none":
+        raise ConfigError("data.generators makes embeddings, not audio; set model.audio_encoder.trainable to none")
 
 
 def _check_range(name: str, searched: SearchRange) -> None:
@@ -210,6 +238,13 @@ def _warnings(config: Config) -> list[str]:
             f"feda2v.server_learning_rate is {settings.server_learning_rate:g} with {settings.server_optimizer}: "
             f"weights may move by about that in a round; 0.001 to 0.1 is usual"
         )
+    if settings.clients_train != "none" and config.federation.global_rounds == 1 and not settings.pretrained_generators:
+        found.append(
+            "federation.global_rounds is 1: clients measure what their generators start from in round 1, and train "
+            "them from round 2 on"
+        )
+    if config.training.augmentation and not config.federation.local_epochs:
+        found.append("training.augmentation has no effect: federation.local_epochs is 0")
     if config.privacy.min_count == 1:
         found.append(
             "privacy.min_count is 1: the statistics of a class with one recording are that recording's embedding"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 
@@ -32,10 +32,13 @@ class OwnBlocks(Sequence[Block]):
         blocks: the cohort's blocks.
         store: what clients keep.
         newcomer: flat tensors [P] that a client starts from in its first round.
+        field: what of a block they are: "own" or "generators".
     """
 
-    def __init__(self, blocks: Sequence[Block], store: ClientStore, newcomer: np.ndarray) -> None:
-        self._blocks, self._store, self._newcomer = blocks, store, newcomer
+    def __init__(
+        self, blocks: Sequence[Block], store: ClientStore, newcomer: np.ndarray, *, field: str = "own"
+    ) -> None:
+        self._blocks, self._store, self._newcomer, self._field = blocks, store, newcomer, field
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -47,9 +50,10 @@ class OwnBlocks(Sequence[Block]):
     def __getitem__(self, index: int | slice) -> Block | Sequence[Block]:
         """One block with its rows, or a part of the sequence without reading any."""
         if isinstance(index, slice):
-            return OwnBlocks(self._blocks[index], self._store, self._newcomer)
+            return OwnBlocks(self._blocks[index], self._store, self._newcomer, field=self._field)
         block = self._blocks[index]
-        return replace(block, own=self._store.rows(block.client_ids, self._newcomer))
+        rows: dict[str, Any] = {self._field: self._store.rows(block.client_ids, self._newcomer)}
+        return replace(block, **rows)
 
 
 class Joining(Protocol):

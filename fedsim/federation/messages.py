@@ -31,6 +31,7 @@ class Expected:
         audio_shape: (S, D) of an audio embedding.
         head_shapes: shape of an adapter output, by head.
         min_count: fewest recordings behind a row of class statistics.
+        own_generators: clients keep their networks, a row each, and send no sums of their changes.
     """
 
     adapter: Mapping[str, tuple[int, ...]]
@@ -39,6 +40,7 @@ class Expected:
     audio_shape: tuple[int, ...]
     head_shapes: Mapping[str, tuple[int, ...]]
     min_count: int
+    own_generators: bool = False
 
     @property
     def row_size(self) -> int:
@@ -82,7 +84,12 @@ def _problems(update: BlockUpdate, block: Block, expected: Expected, broadcast: 
         yield from _state_problems(update.delta_sum, expected.adapter)
     yield from _metric_problems(update.metrics, len(block.client_ids), measured_metrics(broadcast))
     yield from _stats_problems(update.stats, block, expected)
-    yield from _sum_problems(update.sums, broadcast)
+    networks = {name: tuple(t.shape) for name, t in broadcast.extra.items() if name.startswith(PREFIX)}
+    if expected.own_generators and networks:
+        size = sum(int(np.prod(shape)) for shape in networks.values())
+        yield from _row_problems(update.generators, len(block.client_ids), size)
+        networks = {}
+    yield from _sum_problems(update.sums, broadcast, networks)
 
 
 def _row_problems(rows: np.ndarray | None, count: int, row_size: int) -> Iterator[str]:
@@ -145,11 +152,10 @@ def _stats_problems(stats: ClassStats, block: Block, expected: Expected) -> Iter
         yield "audio_var has negative numbers"
 
 
-def _sum_problems(sums: AdapterState, broadcast: Broadcast) -> Iterator[str]:
+def _sum_problems(sums: AdapterState, broadcast: Broadcast, networks: dict[str, tuple[int, ...]]) -> Iterator[str]:
     wanted: dict[str, tuple[int, ...]] = {}
     if (basis := broadcast.extra.get("basis")) is not None:
         wanted = {"product": tuple(basis.shape), "diagonal": (len(basis),), "freedom": (1,)}
-    networks = {name: tuple(t.shape) for name, t in broadcast.extra.items() if name.startswith(PREFIX)}
     wanted |= networks | ({WEIGHT: (1,)} if networks else {})
     if sums.keys() != wanted.keys():
         yield f"its sums are {sorted(sums)}, expected {sorted(wanted)}"

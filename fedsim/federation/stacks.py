@@ -6,15 +6,16 @@ Legend: K clients of a stack, P numbers of an adapter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedsim.algorithms.aggregation import make_aggregator
+from fedsim.algorithms.augmentation import StackGenerator
 from fedsim.algorithms.batches import ClientRows, training_batches
-from fedsim.algorithms.client_generator import PREFIX, ClientGenerators
+from fedsim.algorithms.client_generator import stack_of
 from fedsim.algorithms.client_model import embed
 from fedsim.algorithms.evaluation import evaluate
 from fedsim.algorithms.local_training import (
@@ -31,16 +32,18 @@ from fedsim.errors import ClientError
 from fedsim.federation.messages import all_finite
 from fedsim.federation.parts import Parts, adapter_part, rows_of
 from fedsim.federation.setup import Setup
+from fedsim.federation.stack_generators import StackGenerators
 from fedsim.federation.stack_size import ClientCosts, client_costs, stack_size
 from fedsim.models.adapters.shared_weight import SharedWeight, multiplied_out
-from fedsim.types import AdapterState, Broadcast, ClassStats, ClientMetrics, unflatten_state
+from fedsim.types import AdapterState, Broadcast, ClassStats, ClientMetrics
 
 
 @dataclass(frozen=True)
 class TrainedStack:
     """What is left of a stack: sum of weighted deltas [*shape], sum of weights, statistics, numbers, flat rows [K, P].
 
-    Either the sum is there or, where the aggregator needs all updates, the rows; `sums` of what the broadcast asks for.
+    Either the sum is there or, where the aggregator needs all updates, the rows; `sums` of what the broadcast asks for;
+    `generators` are the networks that clients keep, flat rows.
     """
 
     delta_sum: AdapterState | None
@@ -49,6 +52,7 @@ class TrainedStack:
     metrics: ClientMetrics
     updates: np.ndarray | None
     sums: AdapterState
+    generators: np.ndarray | None = None
 
 
 def local_training(config: Config) -> LocalTraining:
@@ -67,20 +71,6 @@ def local_training(config: Config) -> LocalTraining:
     )
 
 
-def generator_training(config: Config) -> LocalTraining:
-    """How clients train generators, from the configuration."""
-    settings = config.feda2v
-    return LocalTraining(
-        optimizer="AdamW",
-        learning_rate=settings.generator_learning_rate or config.training.learning_rate,
-        batch_size=config.training.batch_size,
-        weight_decay=1e-4,
-        momentum=0.0,
-        clip_norm=5.0,
-        local_epochs=settings.generator_epochs or settings.global_model_train_epochs,
-    )
-
-
 class StackTrainer:
     """Trains stacks on one device; holds buffers, never client state.
 
@@ -93,20 +83,19 @@ class StackTrainer:
         self._setup, self._config, self._parts = setup, setup.config, parts
         self._aggregator = make_aggregator(setup.config.feda2v.adapter_aggregation_mode)
         self.how = local_training(setup.config)
-        self._client_generators = ClientGenerators(
-            generator_training(setup.config), min_count=setup.config.privacy.min_count
-        )
+        self._generators = StackGenerators(setup)
         self._buffers = Buffers()
 
     def costs(self, broadcast: Broadcast, *, most_steps: int, own: bool) -> ClientCosts:
         """Of a client of a block whose longest takes `most_steps`; `own` where clients start from their own tensors."""
+        rows, network = self._generators.costs(broadcast)
         return client_costs(
             broadcast.adapter,
             segments=self._parts.adapter.input_shape[0],
             steps=most_steps,
-            how=self.how,
+            how=replace(self.how, batch_size=self.how.batch_size + rows),
             apart=own or self._aggregator.needs_updates,
-            sums=broadcast.extra["basis"].numel() if "basis" in broadcast.extra else 0,
+            sums=network + (broadcast.extra["basis"].numel() if "basis" in broadcast.extra else 0),
         )
 
     def size(self, costs: ClientCosts) -> int:
@@ -133,10 +122,12 @@ class StackTrainer:
             self._config.feda2v.global_model_train,
             broadcast.extra.get("basis"),
         )
+        sums, generators, draws = self._generators.train(data, broadcast)
         if self.how.local_epochs:
             before = self._evaluate(params, data) if wanted else None
-            losses = self._steps(params, data, broadcast, most_steps)
-            after = self._evaluate(params, data, with_stats=with_stats, basis=basis) if wanted or with_stats else None
+            losses = self._steps(params, data, broadcast, most_steps, draws)
+            measures = wanted or with_stats or basis is not None
+            after = self._evaluate(params, data, with_stats=with_stats, basis=basis) if measures else None
         else:
             before = after = self._evaluate(params, data, with_stats=with_stats, basis=basis)
             losses = after.loss
@@ -149,23 +140,27 @@ class StackTrainer:
         return TrainedStack(
             delta_sum=delta_sum,
             weight_sum=float(weights.sum()),
-            stats=empty_stats(self._parts.adapter) if after is None or after.stats is None else after.stats,
+            stats=after.stats if after and after.stats and with_stats else empty_stats(self._parts.adapter),
             metrics=_metrics(data, losses, before, after, held_out),
             updates=updates,
-            sums=({} if after is None else after.scatter) | self._generators(data, broadcast),
+            sums=({} if after is None else after.scatter) | sums,
+            generators=generators,
         )
 
     def _start(self, own: np.ndarray | None, broadcast: Broadcast, clients: int) -> dict[str, Tensor | SharedWeight]:
         if own is None:
             return shared_start(broadcast.adapter, clients)
-        # Contiguous, not views of rows of P numbers: torch's fused AdamW takes that for granted.
-        apart = unflatten_state(torch.from_numpy(np.array(own)), broadcast.adapter)
-        return {name: tensor.contiguous() for name, tensor in apart.items()}
+        return {**stack_of(own, broadcast.adapter)}
 
     def _steps(
-        self, params: dict[str, Tensor | SharedWeight], data: ClientRows, broadcast: Broadcast, most_steps: int
+        self,
+        params: dict[str, Tensor | SharedWeight],
+        data: ClientRows,
+        broadcast: Broadcast,
+        most_steps: int,
+        draws: StackGenerator | None,
     ) -> np.ndarray:
-        """Local training in place; losses [K]."""
+        """Local training in place, with synthetic rows where there are `draws`; losses [K]."""
         batches = training_batches(
             data,
             seed=broadcast.seed,
@@ -176,7 +171,7 @@ class StackTrainer:
         return train_stack(
             self._parts.model,
             params,
-            batches,
+            replace(batches, enlarge=None if draws is None else draws.enlarge),
             objective=self._parts.objective,
             how=self.how,
             buffers=self._buffers,
@@ -192,25 +187,9 @@ class StackTrainer:
             data,
             objective=self._parts.objective,
             batch_size=self.how.batch_size,
-            stats_min_count=self._config.privacy.min_count if with_stats else None,
+            stats_min_count=self._config.privacy.min_count if with_stats or basis is not None else None,
             share_variances=self._config.privacy.share_variances,
             basis=None if basis is None else basis.to(self._parts.device),
-        )
-
-    def _generators(self, data: ClientRows, broadcast: Broadcast) -> AdapterState:
-        """Changes of the clients' generators, summed; none where they aren't trained."""
-        network = {n.removeprefix(PREFIX): t for n, t in broadcast.extra.items() if n.startswith(PREFIX)}
-        if not network:
-            return {}
-        device = self._parts.device
-        rows = torch.from_numpy(data.rows).to(data.inputs.device)
-        return self._client_generators.train(
-            data,
-            data.inputs.index_select(0, rows),
-            network={name: tensor.to(device) for name, tensor in network.items()},
-            deviation=broadcast.extra["deviation"].to(device),
-            seed=broadcast.seed,
-            round_number=broadcast.round_number,
         )
 
     def _updates(self, params: StackParams, broadcast: Broadcast) -> np.ndarray:

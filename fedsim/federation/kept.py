@@ -1,0 +1,89 @@
+"""What clients keep between rounds, adapters and generators of their own: sent with blocks, taken back, committed.
+
+Either lies in a client store in the run directory: `clients/` (adapters, where the aggregator keeps clients apart) and
+`clients/client_generators/` (`feda2v.client_generator: own`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fedsim.algorithms.client_generator import network_of
+from fedsim.federation.checkpoint import CLIENTS, GENERATORS, ServerState, kept_indices
+from fedsim.federation.client_store import ClientStore
+from fedsim.federation.gathering import OwnBlocks
+from fedsim.types import Block, BlockUpdate, Broadcast, flatten_state
+
+
+class KeptByClients:
+    """The stores of a run, as far as there are any.
+
+    Args:
+        folder: the run directory.
+        state: where the rows of the last finished round lie.
+        adapter, network: numbers of a client's adapter and of its generator; 0: it keeps none.
+
+    Raises:
+        CheckpointError: rows of `state` are missing.
+    """
+
+    def __init__(self, folder: Path, state: ServerState, *, adapter: int, network: int) -> None:
+        self._folder = folder
+        self.adapters: ClientStore | None = None
+        self.generators: ClientStore | None = None
+        if adapter:
+            self.adapters = ClientStore(folder / CLIENTS, adapter, index=state.clients, kept=kept_indices(folder))
+        if network:
+            kept, place = kept_indices(folder, GENERATORS), folder / CLIENTS / GENERATORS
+            self.generators = ClientStore(place, network, index=state.generators, kept=kept)
+
+    @property
+    def _stores(self) -> list[ClientStore]:
+        return [store for store in (self.adapters, self.generators) if store is not None]
+
+    def blocks(self, blocks: Sequence[Block], broadcast: Broadcast) -> Sequence[Block]:
+        """Blocks as they are sent: with what their clients keep; newcomers get what is broadcast."""
+        if self.adapters is not None:
+            blocks = OwnBlocks(blocks, self.adapters, flatten_state(broadcast.adapter).numpy())
+        if self.generators is not None and (network := network_of(broadcast.extra)):
+            self.generators.discard()  # what a round that failed has left
+            blocks = OwnBlocks(blocks, self.generators, flatten_state(network).numpy(), field="generators")
+        return blocks
+
+    def add(self, update: BlockUpdate) -> None:
+        """Take a block's generators; they count from the next commit on. Lost clients keep what they had."""
+        if self.generators is not None and update.generators is not None:
+            self.generators.put(update.metrics.client, update.generators)
+
+    def commit(self, state: ServerState) -> ServerState:
+        """The state of a finished round with where its rows lie."""
+        if self.adapters is not None:
+            state = replace(state, clients=self.adapters.commit())
+        if self.generators is not None:
+            state = replace(state, generators=self.generators.commit())
+        return state
+
+    def flush(self, run_dir: Path) -> None:
+        """Return when everything is on the disk.
+
+        Raises:
+            ValueError: the rows lie in another run directory.
+        """
+        if self._stores and run_dir != self._folder:
+            raise ValueError(f"clients keep their tensors in {self._folder}, a checkpoint in {run_dir} lacks them")
+        for store in self._stores:
+            store.flush()
+
+    def pin(self, state: ServerState) -> None:
+        """Keep the rows of a state for good: a checkpoint refers to them."""
+        if self.adapters is not None:
+            self.adapters.pin(state.clients)
+        if self.generators is not None:
+            self.generators.pin(state.generators)
+
+    def close(self) -> None:
+        """Close the files; they open again on use."""
+        for store in self._stores:
+            store.close()
