@@ -173,14 +173,18 @@ def _check_client_generator(config: Config) -> None:
     if trained == "none" and any(needing.values()):
         name = next(name for name, given in needing.items() if given)
         raise ConfigError(f"{name} needs a generator on the clients; set feda2v.client_generator to own or shared")
+    if settings.save_generators and config.federation.global_rounds == 1 and not settings.pretrained_generators:
+        raise ConfigError(
+            "feda2v.save_generators needs federation.global_rounds of 2 or more: clients measure what their generators "
+            "start from in round 1, and train them from round 2 on"
+        )
     if config.data.generators is None:
         return
-    for name, there in (("nodes", bool(config.nodes)), ("feda2v.client_generator", trained != "none")):
-        if there:
-            raise ConfigError(
-                f"data.generators replaces all recordings by rows of saved generators, one client for each of theirs; "
-                f"{name} can't be given beside it"
-            )
+    if trained != "none":
+        raise ConfigError(
+            "data.generators replaces recordings by rows of saved generators, on which clients can't train generators; "
+            "set feda2v.client_generator to none, or feda2v.generator_type to lowrank"
+        )
     if trainable != "none":
         raise ConfigError("data.generators makes embeddings, not audio; set model.audio_encoder.trainable to none")
 

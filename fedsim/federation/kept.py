@@ -14,7 +14,12 @@ from fedsim.algorithms.client_generator import network_of
 from fedsim.federation.checkpoint import CLIENTS, GENERATORS, ServerState, kept_indices
 from fedsim.federation.client_store import ClientStore
 from fedsim.federation.gathering import OwnBlocks
-from fedsim.types import Block, BlockUpdate, Broadcast, flatten_state
+from fedsim.federation.saved_generators import open_pretrained
+from fedsim.federation.setup import Setup
+from fedsim.types import Block, BlockUpdate, Broadcast, Learnt, flatten_state
+
+AT_ONCE = 1024
+"""Clients whose networks are read together."""
 
 
 class KeptByClients:
@@ -38,6 +43,21 @@ class KeptByClients:
         if network:
             kept, place = kept_indices(folder, GENERATORS), folder / CLIENTS / GENERATORS
             self.generators = ClientStore(place, network, index=state.generators, kept=kept)
+
+    def pretrained(self, state: ServerState, setup: Setup) -> ServerState:
+        """A new run's state with the generators that its clients start from, where they have any.
+
+        Raises:
+            ConfigError: they don't fit (see `open_pretrained`).
+        """
+        saved = open_pretrained(setup.config, class_names=setup.class_names, num_clients=setup.partition.num_clients)
+        if saved is None:
+            return state
+        if self.generators is not None:
+            for first in range(0, len(saved.clients), AT_ONCE):
+                some = saved.clients[first : first + AT_ONCE]
+                self.generators.put(some, saved.rows("network", first, first + len(some)))
+        return self.commit(replace(state, learnt=Learnt(network=saved.start, deviation=saved.deviation)))
 
     @property
     def _stores(self) -> list[ClientStore]:

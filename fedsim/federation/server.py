@@ -35,6 +35,7 @@ from fedsim.federation.kept import KeptByClients
 from fedsim.federation.messages import Expected, check_update, shown, state_bytes
 from fedsim.federation.parts import Parts, build_parts, initial_state
 from fedsim.federation.pool import ClientPool, LostBlock
+from fedsim.federation.saving_generators import save_generators
 from fedsim.federation.server_step import ServerStep
 from fedsim.federation.setup import Setup
 from fedsim.seeding import rng
@@ -103,6 +104,8 @@ class Server:
             adapter=self._expected.row_size if self.aggregator.keeps_clients_apart else 0,
             network=self._client_sums.network_size if self._expected.own_generators else 0,
         )
+        if state is None:
+            self.state = self.kept.pretrained(self.state, setup)
         self._step = ServerStep(setup, self.parts, self.state.generator)
         self.held_out = HeldOut(setup, self.parts)
         self._status = status
@@ -260,6 +263,11 @@ class Server:
         fingerprint = self.setup.data_fingerprint
         save_checkpoint(run_dir, self.state, self.config, mlflow_run_id=mlflow_run_id, data_fingerprint=fingerprint)
         self.kept.pin(self.state)
+
+    def save_generators(self, run_dir: Path) -> None:
+        """Write clients' generators and class means (see `saved_generators`)."""
+        held_out = self.held_out.embeddings(self.state.adapter)
+        save_generators(run_dir, self.setup, self.parts, self.state, self.kept.generators, held_out)
 
     def close(self) -> None:
         """End the pool and close what clients keep."""
