@@ -326,7 +326,7 @@ def test_all_problems_come_in_one_line() -> None:
         ),
         (
             {"data": {"generators": "x"}, "feda2v": {"client_generator": "own"}},
-            ["data.generators", "set feda2v.client_g"],
+            ["data.generators", "client_generator"],
         ),
         (
             {"data": {"generators": "x"}, "model": {"audio_encoder": {"trainable": "all"}}},

@@ -261,7 +261,7 @@ def test_the_second_of_two_runs_needs_no_audio_and_knows_the_classes(tmp_path):
 
     audio = sounds(tmp_path / "audio")
     alike = (
-        "federation.num_clients=2",
+        "federation.num_clients=1",
         "federation.partition=iid",
         "data.test_fold=4",
         "data.classes=null",
