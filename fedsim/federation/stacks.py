@@ -140,7 +140,7 @@ class StackTrainer:
         return TrainedStack(
             delta_sum=delta_sum,
             weight_sum=float(weights.sum()),
-            stats=after.stats if after and after.stats and with_stats else empty_stats(self._parts.adapter),
+            stats=after.stats if with_stats and after and after.stats is not None else empty_stats(self._parts.adapter),
             metrics=_metrics(data, losses, before, after, held_out),
             updates=updates,
             sums=({} if after is None else after.scatter) | sums,
