@@ -67,11 +67,14 @@ class Block:
         client_ids: the clients [K], int64, in cohort order.
         own: what the clients keep, as flat rows [K, P] (see `flatten_state`): the tensors each starts from where the
             aggregator keeps clients apart (`none`), else their control variates; None: nothing.
+        generators: where clients keep their own generators: the networks they start from, flat rows; None: no network
+            was broadcast, or it is everybody's.
     """
 
     index: int
     client_ids: np.ndarray
     own: np.ndarray | None = None
+    generators: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,8 @@ class Learnt:
 
     Attributes:
         pooled: the within-class covariance, or None as long as none was measured.
-        network: tensors of the network that clients train, by name; empty where they train none.
+        network: tensors of the network that clients train, by name; empty where they train none. Where each keeps its
+            own, the one that newcomers start from.
         deviation: scale in which they have trained it [S * D]; None as long as they haven't.
         class_sums: sums per class over the rounds so far (see `algorithms.class_sums`); empty where none are sent.
     """
@@ -263,6 +267,7 @@ class BlockUpdate:
             "variate.*"; and class sums where they are sent. In secure sums these and `delta_sum` are masked integers
             (int64).
         kept: the clients' new control variates [K, P], float32; None where they keep none.
+        generators: the networks that clients keep, trained on, flat rows like the block's.
     """
 
     index: int
@@ -274,6 +279,7 @@ class BlockUpdate:
     seconds: float
     sums: AdapterState = field(default_factory=dict)
     kept: np.ndarray | None = None
+    generators: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -391,6 +391,34 @@ GENERATOR = {"use_generator": True, "global_model_train": True}
                 "feda2v": {"adapter_aggregation_mode": "avg", "global_model_train": True},
             },
             ["privacy.statistics is clients", "set statistics to sums"],
+            {"model": {"audio_encoder": {"trainable": "all"}}, "feda2v": {"client_generator": "own"}},
+            ["client_generator is own", "trainable is 'all'"],
+        ),
+        (
+            {
+                "feda2v": {
+                    "use_generator": True,
+                    "global_model_train": True,
+                    "generator_type": "residual_vae",
+                    "client_generator": "own",
+                }
+            },
+            ["generator_type is residual_vae", "client_generator is own"],
+        ),
+        ({"training": {"augmentation": 1}}, ["training.augmentation needs", "client_generator to own or shared"]),
+        ({"feda2v": {"save_generators": True}}, ["feda2v.save_generators needs", "own or shared"]),
+        ({"feda2v": {"pretrained_generators": "x"}}, ["feda2v.pretrained_generators needs", "own or shared"]),
+        (
+            {"feda2v": {"client_generator": "own", "save_generators": True}, "federation": {"global_rounds": 1}},
+            ["save_generators needs federation.global_rounds of 2"],
+        ),
+        (
+            {"data": {"generators": "x"}, "feda2v": {"client_generator": "own"}},
+            ["data.generators", "client_generator"],
+        ),
+        (
+            {"data": {"generators": "x"}, "model": {"audio_encoder": {"trainable": "all"}}},
+            ["data.generators makes embeddings", "trainable to none"],
         ),
         ({"data": {"name": "csv"}}, ["data.name is csv", "data.path"]),
         ({"data": {"classes": []}}, ["data.classes is an empty list"]),

@@ -127,6 +127,36 @@ def test_counterparts(
     assert found == expected
 
 
+ONLY = {"generator_training_mode": True, "generator_only_mode": True}
+PRETRAINED = {
+    "use_pretrained_generators": True,
+    "generator_load_checkpoint": True,
+    "generator_checkpoint_dir": "runs/1",
+}
+
+
+@pytest.mark.parametrize(
+    ("modes", "expected"),
+    [
+        ({"generator_training_mode": True}, ("own", True, None, None, 1, True)),
+        (ONLY, ("own", True, None, None, 0, False)),
+        (PRETRAINED, ("none", False, None, "runs/1", 1, True)),
+        (ONLY | PRETRAINED, ("own", True, "runs/1", None, 0, False)),
+        (dict.fromkeys(ONLY | PRETRAINED, False), ("none", False, None, None, 1, True)),
+    ],
+)
+def test_the_modes_of_the_two_runs(
+    original: dict[str, Any], caplog: pytest.LogCaptureFixture, modes: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    original["feda2v"] |= modes
+    config, notes = load(original, caplog)
+    settings = config.feda2v
+    own = (settings.client_generator, settings.save_generators, settings.pretrained_generators)
+    assert (*own, config.data.generators, config.federation.local_epochs, settings.global_model_train) == expected
+    for name, value in modes.items():
+        assert (f"feda2v.{name}" in notes[0]) == (value is False)
+
+
 def test_a_counterpart_that_is_given_too_holds(original: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     original["feda2v"] |= {"generator_training_epochs": 7, "generator_epochs": 2, "adapters_learning_rate": 0.5}
     config, notes = load(original, caplog)

@@ -9,7 +9,7 @@ Legend: K clients, E epochs, T steps, B batch_size, n_k recordings of client k, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,6 +30,7 @@ class ClientRows:
         inputs: the source [N, ...], what the client model takes.
         lengths: valid time patches [N] (0 where the model doesn't need them).
         labels: classes [N].
+        generators: where clients keep generators of their own: flat networks, a row each; else None.
     """
 
     client: np.ndarray
@@ -38,6 +39,7 @@ class ClientRows:
     inputs: Tensor
     lengths: Tensor
     labels: Tensor
+    generators: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.client)
@@ -49,7 +51,8 @@ class ClientRows:
         for start in range(0, len(self), size):
             some = slice(start, start + size)
             rows = self.rows[ends[start] - self.counts[start] : ends[some][-1]]
-            parts.append(replace(self, client=self.client[some], counts=self.counts[some], rows=rows))
+            own = None if self.generators is None else self.generators[some]
+            parts.append(replace(self, client=self.client[some], counts=self.counts[some], rows=rows, generators=own))
         return parts
 
 
@@ -142,12 +145,14 @@ class Batches:
         index: [K, T, B] into the source; the client's first row where padded.
         mask: [K, T, B] float32, 0 where padded.
         steps: steps of each client [K], ascending.
+        enlarge: what makes a batch of that of a step, by adding rows; None: nothing is added.
     """
 
     data: ClientRows
     index: Tensor
     mask: Tensor
     steps: np.ndarray
+    enlarge: Callable[[Batch, int], Batch] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         """Step after step, each with the clients that still have one."""
@@ -157,7 +162,7 @@ class Batches:
             index = self.index[first:, step]
             flat = index.reshape(-1)
             taken = self.data.inputs.index_select(0, flat)
-            yield Batch(
+            batch = Batch(
                 first=first,
                 inputs=taken.view(*index.shape, *taken.shape[1:]),
                 lengths=self.data.lengths[index],
@@ -165,6 +170,7 @@ class Batches:
                 mask=self.mask[first:, step],
                 rows=rows[first:, step],
             )
+            yield batch if self.enlarge is None else self.enlarge(batch, step)
 
 
 def lay_out(data: ClientRows, order: np.ndarray, *, batch_size: int) -> Batches:

@@ -131,7 +131,7 @@ def train_stack(
         momentum=how.momentum,
         state=lambda name, shape: buffers.get(name, shape, batches.mask.device),
     )
-    losses = torch.zeros(len(steps), dtype=torch.float64, device=batches.mask.device)
+    losses, rows = torch.zeros(2, len(steps), dtype=torch.float64, device=batches.mask.device)
     start = {name: _start(p) for name, p in params.items()} if how.proximal_weight else {}
     for step, batch in enumerate(batches):
         first = batch.first
@@ -148,7 +148,8 @@ def train_stack(
             correct_(grads, corrections, first)
         optimizer.step(active, grads, first, clients=len(steps))
         losses[first:] += torch.where(last_epoch[first:] <= step, loss * batch.rows, 0.0)
-    mean: np.ndarray = losses.cpu().numpy() / batches.data.counts
+        rows[first:] += torch.where(last_epoch[first:] <= step, batch.rows, 0.0)
+    mean: np.ndarray = (losses / rows).cpu().numpy()
     return mean
 
 

@@ -86,12 +86,12 @@ def unpack_broadcast(message: tuple[Broadcast, PackedState, PackedState]) -> Bro
     return replace(record, adapter=unpack_state(adapter), extra=unpack_state(extra))
 
 
-def pack_block(block: Block) -> tuple[int, np.ndarray, np.ndarray | None]:
-    """A block as its index, client ids [K] and rows [K, P]."""
-    return block.index, block.client_ids, block.own
+def pack_block(block: Block) -> tuple[int, np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """A block as its index, client ids [K], rows [K, P] and rows of generators."""
+    return block.index, block.client_ids, block.own, block.generators
 
 
-def unpack_block(message: tuple[int, np.ndarray, np.ndarray | None]) -> Block:
+def unpack_block(message: tuple[int, np.ndarray, np.ndarray | None, np.ndarray | None]) -> Block:
     """The block; its arrays are for reading."""
     return Block(*message)
 
@@ -115,6 +115,7 @@ def pack_update(update: BlockUpdate) -> dict[str, Any]:
         "seconds": update.seconds,
         "sums": pack_state(update.sums, masked=masked),
         "kept": update.kept,
+        "generators": update.generators,
     }
 
 
@@ -140,4 +141,5 @@ def unpack_update(message: Mapping[str, Any]) -> BlockUpdate:
         seconds=message["seconds"],
         sums=_split(message["sums"], _borrowed(message["sums"].vector)),
         kept=message["kept"],
+        generators=message["generators"],
     )

@@ -135,13 +135,14 @@ def _check_model(config: Config) -> None:
 
 
 def _check_local_epochs(config: Config) -> None:
-    """Where clients don't train, the server has to, and nothing can be added to their loss."""
+    """Where clients don't train adapters, something else has to be trained, and nothing can be added to their loss."""
+    settings = config.feda2v
     if not config.federation.local_epochs and config.training.prototype_weight:
         raise ConfigError(
             f"training.prototype_weight is {config.training.prototype_weight:g} but federation.local_epochs is 0: "
             "clients that don't train aren't drawn to prototypes; set local_epochs to at least 1, or the weight to 0"
         )
-    if not config.federation.local_epochs and not config.feda2v.global_model_train:
+    if not config.federation.local_epochs and not settings.global_model_train and settings.clients_train == "none":
         raise ConfigError(
             "federation.local_epochs is 0 and feda2v.global_model_train is false, so nothing would be trained; set "
             "global_model_train to true (the server trains on clients' statistics), or local_epochs to at least 1"
@@ -208,15 +209,50 @@ def _check_distillation(config: Config) -> None:
         )
 
 
+def _trained_by_clients(settings: FedA2V) -> str:
+    """Why clients train a generator, in words."""
+    if settings.client_generator != "none":
+        return f"feda2v.client_generator is {settings.client_generator}"
+    return "feda2v.generator_type is residual_vae"
+
+
 def _check_client_generator(config: Config) -> None:
     """Clients train residuals of embeddings that stay as they are."""
     settings, trainable = config.feda2v, config.model.audio_encoder.trainable
-    trained = settings.use_generator and settings.global_model_train and settings.generator_type == "residual_vae"
-    if trained and trainable != "none":
+    trained = settings.clients_train
+    if trained == "shared" and settings.client_generator == "own":
         raise ConfigError(
-            f"feda2v.generator_type is residual_vae and model.audio_encoder.trainable is {trainable!r}, but clients "
-            "train it on embeddings of a frozen encoder; set trainable to none, or generator_type to lowrank"
+            "feda2v.generator_type is residual_vae, which clients average, but feda2v.client_generator is own; set "
+            "generator_type to lowrank, or leave client_generator out"
         )
+    if trained != "none" and trainable != "none":
+        raise ConfigError(
+            f"{_trained_by_clients(settings)} and model.audio_encoder.trainable is {trainable!r}, but clients "
+            "train it on embeddings of a frozen encoder; set trainable to none, or generator_type to lowrank"
+            " and client_generator to none"
+        )
+    needing = {
+        "training.augmentation": config.training.augmentation > 0,
+        "feda2v.save_generators": settings.save_generators,
+        "feda2v.pretrained_generators": settings.pretrained_generators is not None,
+    }
+    if trained == "none" and any(needing.values()):
+        name = next(name for name, given in needing.items() if given)
+        raise ConfigError(f"{name} needs a generator on the clients; set feda2v.client_generator to own or shared")
+    if settings.save_generators and config.federation.global_rounds == 1 and not settings.pretrained_generators:
+        raise ConfigError(
+            "feda2v.save_generators needs federation.global_rounds of 2 or more: clients measure what their generators "
+            "start from in round 1, and train them from round 2 on"
+        )
+    if config.data.generators is None:
+        return
+    if trained != "none":
+        raise ConfigError(
+            "data.generators replaces recordings by rows of saved generators, on which clients can't train generators; "
+            "set feda2v.client_generator to none, or feda2v.generator_type to lowrank"
+        )
+    if trainable != "none":
+        raise ConfigError("data.generators makes embeddings, not audio; set model.audio_encoder.trainable to none")
 
 
 def _check_granularity(settings: FedA2V) -> None:
@@ -287,10 +323,10 @@ def _check_sums(config: Config) -> None:
             "privacy.secure_sums is true and privacy.statistics is clients, which sends a row per client and class; "
             "set statistics to sums"
         )
-    if used and settings.generator_type == "residual_vae":
+    if settings.clients_train != "none":
         raise ConfigError(
-            "privacy.secure_sums is true and feda2v.generator_type is residual_vae, whose weights aren't masked; set "
-            "generator_type to lowrank"
+            f"privacy.secure_sums is true and {_trained_by_clients(settings)}, whose weights aren't masked; set "
+            "generator_type to lowrank and client_generator to none"
         )
     if config.federation.quorum < 1:
         raise ConfigError(
@@ -319,10 +355,10 @@ def _check_noise(config: Config) -> None:
             "privacy noise is on and privacy.statistics is clients, but noise hides a client in a sum, not in its own "
             "means; set statistics to sums"
         )
-    if settings.use_generator and settings.global_model_train and settings.generator_type == "residual_vae":
+    if settings.clients_train != "none":
         raise ConfigError(
-            "privacy noise is on and feda2v.generator_type is residual_vae, whose weights clients send unbounded; set "
-            "generator_type to lowrank"
+            f"privacy noise is on and {_trained_by_clients(settings)}, whose numbers aren't bounded; set "
+            "generator_type to lowrank and client_generator to none"
         )
 
 
@@ -389,6 +425,13 @@ def _warnings(config: Config) -> list[str]:
             for name in ("kd_epochs", "kd_learning_rate", "kd_samples_per_class")
             if getattr(settings, name) != FedA2V.model_fields[name].default
         ]
+    if settings.clients_train != "none" and config.federation.global_rounds == 1 and not settings.pretrained_generators:
+        found.append(
+            "federation.global_rounds is 1: clients measure what their generators start from in round 1, and train "
+            "them from round 2 on"
+        )
+    if config.training.augmentation and not config.federation.local_epochs:
+        found.append("training.augmentation has no effect: federation.local_epochs is 0")
     privacy = config.privacy
     if privacy.min_count == 1 and not (privacy.secure_sums or _wants_noise(privacy)):
         found.append(

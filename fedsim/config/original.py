@@ -31,6 +31,9 @@ MOVED = {
 }
 """Keys of the original with a counterpart. Where the counterpart is given too, it holds and the old key is dropped."""
 
+MODES = ("generator_training_mode", "generator_only_mode", "use_pretrained_generators")
+"""Switches of section `feda2v` that mean something when they are on (see `_move_modes`); off they are dropped."""
+
 
 def _names(section: str, words: str) -> Iterator[str]:
     """Dotted names of a section's keys."""
@@ -125,6 +128,7 @@ def translate(values: Values) -> tuple[Values, list[str]]:
     """
     notes: list[str] = []
     nodes = _mappings_in(values.get("nodes"))
+    _move_modes(values)
     dropped = [*_drop_legacy(values, nodes), *_move_dataset(values, nodes), *_move_keys(values)]
     _join_node_types(values, nodes)
     for place, name in [(values.get("data"), "name"), *((node, "dataset") for node in nodes.values())]:
@@ -161,6 +165,41 @@ def _drop_legacy(values: Values, nodes: dict[str, Values]) -> Iterator[str]:
         for name in [name for name in node if f"nodes.<id>.{name}" in LEGACY]:
             del node[name]
             yield f"nodes.{node_id}.{name}"
+
+
+def _move_modes(values: Values) -> None:
+    """Turn the switches of the original's two runs, where they are on, into keys of fedsim.
+
+    Run 1 trains a generator for each client (`generator_training_mode`) and maybe nothing else
+    (`generator_only_mode`); run 2 trains adapters from them (`use_pretrained_generators`), or goes on with them.
+    """
+    feda2v = values.get("feda2v")
+    if not isinstance(feda2v, dict):
+        return
+    on = {name: feda2v.get(name) is True for name in MODES}
+    for name in (name for name in MODES if on[name]):
+        del feda2v[name]
+    if on["generator_training_mode"] or on["generator_only_mode"]:
+        feda2v.setdefault("client_generator", "own")
+        feda2v.setdefault("save_generators", True)
+    if on["generator_only_mode"]:
+        feda2v["global_model_train"] = False
+        _set(values, "federation", "local_epochs", 0)
+    if on["use_pretrained_generators"]:
+        feda2v.pop("generator_load_checkpoint", None)
+        folder = feda2v.pop("generator_checkpoint_dir", "checkpoints/generators")
+        if on["generator_training_mode"] or on["generator_only_mode"]:
+            feda2v.setdefault("pretrained_generators", folder)
+        else:
+            _set(values, "data", "generators", folder)
+
+
+def _set(values: Values, section: str, name: str, value: Any) -> None:
+    """Set a key where its section is a mapping; anything else is left to validation."""
+    if values.get(section) is None:
+        values[section] = {}
+    if isinstance(values[section], dict):
+        values[section][name] = value
 
 
 def _move_dataset(values: Values, nodes: dict[str, Values]) -> Iterator[str]:

@@ -65,6 +65,11 @@ class Data(Section):
     test_fold: int = key(5, "official fold kept for evaluation, where the data set has folds", ge=0)
     test_share: float = key(0.2, "share of the recordings kept for evaluation where there are no folds", gt=0, lt=1)
     clips_per_class: int = key(40, "synthetic data: recordings per class", "recordings", ge=2, le=1_000_000)
+    generators: str | None = key(
+        None,
+        "run directory (with feda2v.save_generators) whose clients' generators make the training rows: no audio is "
+        "read and no audio encoder is loaded; evaluated on that run's held-out embeddings",
+    )
     on_bad_audio: Literal["error", "skip"] = key("error", "a file that can't be decoded: stop, or count it and go on")
     cache_dir: str | None = key(
         None, "folder of the embedding cache (default: $XDG_CACHE_HOME/fedsim or ~/.cache/fedsim)"
@@ -197,6 +202,13 @@ class Training(Section):
         "client's loss; a client tells of classes with privacy.min_count recordings",
         ge=0,
     )
+    augmentation: float = key(
+        0.0,
+        "synthetic rows per recording in every local step, drawn from the client's generator (feda2v.client_generator) "
+        "for its own classes; each counts as one recording in the loss",
+        ge=0,
+        le=100,
+    )
     precision: Literal["float32", "bfloat16"] = key(
         "float32", "of the matrix products in local training; bfloat16 by autocast, weights and sums stay float32"
     )
@@ -301,6 +313,18 @@ class FedA2V(Section):
         ge=0,
     )
     novelty: Literal["l2", "cosine"] = key("l2", "novelty_weight: how near is measured")
+    client_generator: Literal["none", "shared", "own"] = key(
+        "none",
+        "a residual generator that clients train from round 2 on: shared: averaged every round (residual_vae is this); "
+        "own: each client keeps its own and sends nothing of it",
+    )
+    save_generators: bool = key(
+        False,
+        "write generators/ at the end: clients' networks and class means (a client's own data), held-out embeddings",
+    )
+    pretrained_generators: str | None = key(
+        None, "client_generator: run directory (with feda2v.save_generators) whose generators clients start from"
+    )
     generator_buffer_size: int = key(
         4096, "class statistics of earlier rounds kept for the generator", "(client, class) rows", ge=0
     )
@@ -343,6 +367,12 @@ class FedA2V(Section):
     @classmethod
     def _named(cls, value: Any) -> Any:
         return {str(number): names for number, names in enumerate(value)} if isinstance(value, list) else value
+
+    @property
+    def clients_train(self) -> Literal["none", "shared", "own"]:
+        """What generator clients train: `client_generator`, and shared where the server's generator is residual_vae."""
+        used = self.use_generator and self.global_model_train
+        return "shared" if used and self.generator_type == "residual_vae" else self.client_generator
 
 
 class Privacy(Section):

@@ -65,11 +65,12 @@ class BlockTrainer:
     def prepare(self, block: Block, broadcast: Broadcast) -> ClientRows:
         """Gather the recordings of a block; may run in another thread while a block trains."""
         rows, counts = self._setup.partition.rows_of(block.client_ids)
+        ids, own = block.client_ids, block.generators
         if (table := self._parts.table) is not None:
-            return ClientRows(block.client_ids, counts, rows, table.inputs, table.lengths, table.labels)
+            return ClientRows(ids, counts, rows, table.inputs, table.lengths, table.labels, own)
         inputs, lengths = rows_of(self._parts, rows)
         labels = torch.from_numpy(self._setup.labels[rows]).to(self._parts.device)
-        return ClientRows(block.client_ids, counts, np.arange(len(rows)), inputs, lengths, labels)
+        return ClientRows(ids, counts, np.arange(len(rows)), inputs, lengths, labels, own)
 
     def train(self, block: Block, broadcast: Broadcast, prepared: ClientRows | None = None) -> BlockUpdate:
         """Train every client of a block; its stacks are added up as they finish.
@@ -105,6 +106,7 @@ class BlockTrainer:
             seconds=time.perf_counter() - start,
             sums=trained.sums,
             kept=trained.kept,
+            generators=trained.generators,
         )
 
     def _train_stack(
@@ -142,6 +144,7 @@ class BlockTrainer:
             tree.add(number, stack.delta_sum, owned=True)
             sums.add(number, stack.sums, owned=True)
             parts.append(replace(stack, delta_sum=None, sums={}))
+        generators = [part.generators for part in parts if part.generators is not None]
         updates = [part.updates for part in parts if part.updates is not None]
         kept = [part.kept for part in parts if part.kept is not None]
         limit = self._setup.config.feda2v.statistics_rows
@@ -154,4 +157,5 @@ class BlockTrainer:
             updates=np.concatenate(updates) if updates else None,
             sums=sums.root() or {},
             kept=np.concatenate(kept) if kept else None,
+            generators=np.concatenate(generators) if generators else None,
         )

@@ -33,6 +33,7 @@ from fedsim.types import AdapterState, ClassStats, Learnt, PooledCovariance
 log = logging.getLogger(__name__)
 SCHEMA = 2
 CLIENTS = "clients"
+GENERATORS = "client_generators"
 FREE_SECTIONS = ("tracking.", "search.", "resources.", "experiment.", "data.cache_dir")
 BOUND_ALL_THE_SAME = ("experiment.seed", "resources.block_size")
 
@@ -52,6 +53,7 @@ class ServerState:
         learnt: what clients' sums have taught the server for its generator.
         server_optimizer: moments of the server optimiser by name; empty before its first step, or without one.
         guides: what guides clients' steps, by name (see `client_guides`).
+        generators: where the networks of clients' own generators lie in their store.
     """
 
     round_number: int
@@ -62,6 +64,7 @@ class ServerState:
     learnt: Learnt = field(default_factory=Learnt)
     server_optimizer: AdapterState = field(default_factory=dict)
     guides: AdapterState = field(default_factory=dict)
+    generators: ClientIndex = field(default_factory=ClientIndex)
 
 
 def bound_config(config: Config) -> dict[str, Any]:
@@ -105,9 +108,10 @@ def save_checkpoint(
 
 def _tables(state: ServerState) -> dict[str, dict[str, Tensor]]:
     tables = {"adapter": dict(state.adapter), "generator": dict(state.generator)}
-    if len(state.clients):
-        ids, slots = (torch.from_numpy(np.array(a)) for a in (state.clients.ids, state.clients.slots))
-        tables[CLIENTS] = {"ids": ids, "slots": slots}
+    for name, index in ((CLIENTS, state.clients), (GENERATORS, state.generators)):
+        if len(index):
+            ids, slots = (torch.from_numpy(np.array(a)) for a in (index.ids, index.slots))
+            tables[name] = {"ids": ids, "slots": slots}
     if state.buffer is not None:
         tables["buffer"] = {
             "client": torch.from_numpy(state.buffer.client),
@@ -162,13 +166,15 @@ def load_checkpoint(run_dir: Path, config: Config) -> tuple[ServerState, str | N
         tables[file.stem] = _read_tensors(file)
     state = _from_tables(document["round"], tables)
     require_rows(run_dir / CLIENTS, state.clients, sum(tensor.numel() for tensor in state.adapter.values()))
+    size = sum(tensor.numel() for tensor in state.learnt.network.values())
+    require_rows(run_dir / CLIENTS / GENERATORS, state.generators, size)
     return state, document["mlflow_run_id"]
 
 
-def kept_indices(run_dir: Path) -> list[ClientIndex]:
-    """What the checkpoints of a run refer to in its client store; one that can't be read is left out, and said so."""
+def kept_indices(run_dir: Path, name: str = CLIENTS) -> list[ClientIndex]:
+    """What the checkpoints of a run refer to in a client store; one that can't be read is left out, and said so."""
     indices = []
-    for file in sorted((run_dir / "checkpoints").glob(f"round-*/{CLIENTS}.safetensors")):
+    for file in sorted((run_dir / "checkpoints").glob(f"round-*/{name}.safetensors")):
         try:
             indices.append(_index_of(_read_tensors(file)))
         except (CheckpointError, KeyError) as error:
@@ -258,7 +264,8 @@ def _from_tables(round_number: int, tables: Mapping[str, dict[str, Tensor]]) -> 
     learnt = Learnt(pooled, deviation=deviation, network=network, class_sums=class_sums)
     generator, moments = tables.get("generator", {}), tables.get("server_optimizer", {})
     guides = tables.get("guides", {})
-    return ServerState(round_number, tables["adapter"], generator, buffer, clients, learnt, moments, guides)
+    own = _index_of(tables[GENERATORS]) if GENERATORS in tables else ClientIndex()
+    return ServerState(round_number, tables["adapter"], generator, buffer, clients, learnt, moments, guides, own)
 
 
 def _sha256(file: Path) -> str:

@@ -8,10 +8,12 @@ Legend: E = S * D numbers of an audio embedding.
 
 from __future__ import annotations
 
-from fedsim.algorithms.client_generator import PREFIX, averaged
+import torch
+
+from fedsim.algorithms.client_generator import PREFIX, averaged, network_of
 from fedsim.algorithms.within_class import estimate, merged, next_basis
 from fedsim.config.schema import Config
-from fedsim.models.generators import residual_vae, trained_by_clients, uses_covariance
+from fedsim.models.generators import residual_vae, uses_covariance
 from fedsim.types import AdapterState, Learnt, PooledCovariance
 
 
@@ -27,8 +29,8 @@ class ClientSums:
         self._config, self._size = config, size
         settings = config.feda2v
         used, kind = settings.use_generator and settings.global_model_train, settings.generator_type
-        self._trained = used and trained_by_clients(kind)
-        self._measured = used and uses_covariance(kind, settings.generator_rows)
+        self._trained = settings.clients_train != "none"
+        self._measured = self._trained or (used and uses_covariance(kind, settings.generator_rows))
         self._rank = size if kind == "full" else settings.generator_rank
 
     def extra(self, known: Learnt, round_number: int) -> AdapterState:
@@ -41,16 +43,27 @@ class ClientSums:
             return {}
         seed = self._config.experiment.seed
         basis = next_basis(known.pooled, size=self._size, rank=self._rank, seed=seed, round_number=round_number)
-        if not (self._trained and known.pooled):
+        if not (self._trained and (known.pooled or known.network)):
             return {"basis": basis}
-        network = known.network or self._first_network(known.pooled)
-        named = {PREFIX + name: tensor for name, tensor in network.items()}
-        return {"basis": basis, "deviation": residual_vae.deviation(known.pooled), **named}
+        network = known.network
+        if known.pooled is None:  # pretrained
+            assert known.deviation is not None
+            deviation = known.deviation
+        else:
+            deviation = residual_vae.deviation(known.pooled)
+            network = network or self._first_network(known.pooled)
+        return {"basis": basis, "deviation": deviation, **{PREFIX + name: tensor for name, tensor in network.items()}}
 
     def _first_network(self, pooled: PooledCovariance) -> AdapterState:
         settings, seed = self._config.feda2v, self._config.experiment.seed
         hidden, latent = settings.generator_hidden_dim, settings.generator_latent_dim
         return residual_vae.init(pooled, hidden_dim=hidden, latent_dim=latent, seed=seed)
+
+    @property
+    def network_size(self) -> int:
+        """Numbers of a network that clients train."""
+        nothing = PooledCovariance(torch.zeros(self._size, 1), torch.ones(self._size), 1.0)
+        return sum(tensor.numel() for tensor in self._first_network(nothing).values())
 
     def learn(self, known: Learnt, sums: AdapterState, extra: AdapterState, *, memory: float) -> Learnt:
         """What is known after a round.
@@ -65,9 +78,9 @@ class ClientSums:
             return known
         pooled = merged(known.pooled, estimate(sums, extra["basis"]), memory=memory)
         if "deviation" not in extra:
-            return self._with_first_network(pooled) if self._trained and pooled else Learnt(pooled)
-        told = {name.removeprefix(PREFIX): tensor for name, tensor in extra.items() if name.startswith(PREFIX)}
-        return Learnt(pooled, averaged(told, sums), extra["deviation"])
+            return self._with_first_network(pooled) if self._trained and pooled else Learnt(pooled, known.network)
+        # Where clients keep their own there are no changes to average: newcomers start where the first ones did.
+        return Learnt(pooled, averaged(network_of(extra), sums), extra["deviation"])
 
     def _with_first_network(self, pooled: PooledCovariance) -> Learnt:
         """The first covariance, and the Gaussian of it as a network: one to draw from before any client trains it."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 
@@ -32,10 +32,13 @@ class OwnBlocks(Sequence[Block]):
         blocks: the cohort's blocks.
         store: what clients keep.
         newcomer: flat tensors [P] that a client has in its first round.
+        field: what of a block they are: "own" or "generators".
     """
 
-    def __init__(self, blocks: Sequence[Block], store: ClientStore, newcomer: np.ndarray) -> None:
-        self._blocks, self._store, self._newcomer = blocks, store, newcomer
+    def __init__(
+        self, blocks: Sequence[Block], store: ClientStore, newcomer: np.ndarray, *, field: str = "own"
+    ) -> None:
+        self._blocks, self._store, self._newcomer, self._field = blocks, store, newcomer, field
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -47,9 +50,10 @@ class OwnBlocks(Sequence[Block]):
     def __getitem__(self, index: int | slice) -> Block | Sequence[Block]:
         """One block with its rows, or a part of the sequence without reading any."""
         if isinstance(index, slice):
-            return OwnBlocks(self._blocks[index], self._store, self._newcomer)
+            return OwnBlocks(self._blocks[index], self._store, self._newcomer, field=self._field)
         block = self._blocks[index]
-        return replace(block, own=self._store.rows(block.client_ids, self._newcomer))
+        rows: dict[str, Any] = {self._field: self._store.rows(block.client_ids, self._newcomer)}
+        return replace(block, **rows)
 
 
 class Joining(Protocol):
@@ -138,7 +142,6 @@ class OwnRows:
     """Every client's own tensors, put into the client store; they count from its next commit on."""
 
     def __init__(self, store: ClientStore) -> None:
-        store.discard()  # what a round that failed has left
         self._store = store
 
     def add(self, update: BlockUpdate, block: Block) -> None:
@@ -157,49 +160,15 @@ class OwnRows:
         """Nothing to give back."""
 
 
-class KeptRows:
-    """Every client's control variate, put into the client store; what else a block brings goes to another joining.
-
-    Args:
-        store: what clients keep.
-        joining: of the aggregator.
-    """
-
-    def __init__(self, store: ClientStore, joining: Joining) -> None:
-        store.discard()  # what a round that failed has left
-        self._store, self._joining = store, joining
-
-    def add(self, update: BlockUpdate, block: Block) -> None:
-        """Write the block's rows, and join the rest."""
-        assert update.kept is not None
-        self._store.put(block.client_ids, update.kept)
-        self._joining.add(update, block)
-
-    def lose(self, index: int) -> None:
-        """Lost clients keep what they had."""
-        self._joining.lose(index)
-
-    def joined(self) -> Joined:
-        """What the aggregator gets."""
-        return self._joining.joined()
-
-    def close(self) -> None:
-        """Give back what the round took."""
-        self._joining.close()
-
-
 def make_joining(
     aggregator: Aggregator, store: ClientStore | None, *, folder: Path, num_clients: int, row_size: int, block_size: int
 ) -> Joining:
-    """What the aggregator asks for; `store` where it keeps clients apart or they keep control variates."""
+    """What the aggregator asks for; `store` is used where it keeps clients apart."""
     if store is not None and aggregator.keeps_clients_apart:
         return OwnRows(store)
-    joining: Joining
     if aggregator.needs_updates:
-        joining = AllUpdates(folder, num_clients=num_clients, row_size=row_size, block_size=block_size)
-    else:
-        joining = SummedUpdates(-(-num_clients // block_size))
-    return joining if store is None else KeptRows(store, joining)
+        return AllUpdates(folder, num_clients=num_clients, row_size=row_size, block_size=block_size)
+    return SummedUpdates(-(-num_clients // block_size))
 
 
 class Numbers:

@@ -37,6 +37,7 @@ class Expected:
         keeps_variates: a row of control variates per client.
         class_sums: shapes of the sums that clients send per class, by name.
         masked: sums are masked integers, of which names and shapes are all that can be checked.
+        own_generators: clients keep their networks, a row each, and send no sums of their changes.
     """
 
     adapter: Mapping[str, tuple[int, ...]]
@@ -48,6 +49,7 @@ class Expected:
     keeps_variates: bool = False
     class_sums: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     masked: bool = False
+    own_generators: bool = False
 
     @property
     def row_size(self) -> int:
@@ -93,7 +95,12 @@ def _problems(update: BlockUpdate, block: Block, expected: Expected, broadcast: 
         yield from _row_problems(update.kept, len(block.client_ids), expected.row_size, "control variates")
     yield from _metric_problems(update.metrics, len(block.client_ids), measured_metrics(broadcast))
     yield from _stats_problems(update.stats, block, expected)
-    yield from _sum_problems(update.sums, broadcast, expected)
+    networks = {name: tuple(t.shape) for name, t in broadcast.extra.items() if name.startswith(PREFIX)}
+    if expected.own_generators and networks:
+        size = sum(int(np.prod(shape)) for shape in networks.values())
+        yield from _row_problems(update.generators, len(block.client_ids), size, "generators")
+        networks = {}
+    yield from _sum_problems(update.sums, broadcast, networks, expected)
 
 
 def _row_problems(rows: np.ndarray | None, count: int, row_size: int, what: str) -> Iterator[str]:
@@ -156,11 +163,12 @@ def _stats_problems(stats: ClassStats, block: Block, expected: Expected) -> Iter
         yield "audio_var has negative numbers"
 
 
-def _sum_problems(sums: AdapterState, broadcast: Broadcast, expected: Expected) -> Iterator[str]:
+def _sum_problems(
+    sums: AdapterState, broadcast: Broadcast, networks: dict[str, tuple[int, ...]], expected: Expected
+) -> Iterator[str]:
     wanted: dict[str, tuple[int, ...]] = {}
     if (basis := broadcast.extra.get("basis")) is not None:
         wanted = {"product": tuple(basis.shape), "diagonal": (len(basis),), "freedom": (1,)}
-    networks = {name: tuple(t.shape) for name, t in broadcast.extra.items() if name.startswith(PREFIX)}
     wanted |= networks | ({WEIGHT: (1,)} if networks else {})
     wanted |= {name: tuple(t.shape) for name, t in broadcast.extra.items() if name.startswith(VARIATE)}
     wanted |= expected.class_sums

@@ -1,4 +1,4 @@
-"""The run directory: config.yaml, metrics.jsonl, result.json, checkpoints/, clients/, plots/, adapter/."""
+"""The run directory: config.yaml, metrics.jsonl, result.json, checkpoints/, clients/, plots/, adapter/, generators/."""
 
 from __future__ import annotations
 

@@ -21,26 +21,29 @@ import torch
 
 from fedsim.algorithms.aggregation import make_aggregator
 from fedsim.algorithms.batches import padding_share
+from fedsim.algorithms.client_generator import network_of
 from fedsim.algorithms.distillation import client_states
 from fedsim.algorithms.sampling import order_cohort
 from fedsim.algorithms.server_optimizer import make_server_optimizer
 from fedsim.errors import ConfigError, QuorumError
 from fedsim.federation.blocks import make_blocks
-from fedsim.federation.checkpoint import CLIENTS, ServerState, kept_indices, save_checkpoint
+from fedsim.federation.checkpoint import ServerState, save_checkpoint
 from fedsim.federation.client_guides import ClientGuides
-from fedsim.federation.client_store import ClientIndex, ClientStore
+from fedsim.federation.client_store import ClientStore
 from fedsim.federation.client_sums import ClientSums
 from fedsim.federation.clock import RoundClock, Status
-from fedsim.federation.gathering import Joining, Numbers, OwnBlocks, make_joining
+from fedsim.federation.gathering import Joining, Numbers, make_joining
 from fedsim.federation.held_out import HeldOut
+from fedsim.federation.kept import KeptByClients
 from fedsim.federation.messages import Expected, check_update, shown, state_bytes
 from fedsim.federation.parts import Parts, build_parts, initial_state
 from fedsim.federation.pool import ClientPool, LostBlock
 from fedsim.federation.privacy import Receiving
+from fedsim.federation.saving_generators import save_generators
 from fedsim.federation.server_step import ServerStep
 from fedsim.federation.setup import Setup
 from fedsim.seeding import rng
-from fedsim.types import AdapterState, Block, Broadcast, Learnt, LostClient, RoundResult, flatten_state
+from fedsim.types import AdapterState, Block, Broadcast, Learnt, LostClient, RoundResult
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +106,18 @@ class Server:
             keeps_variates=self.config.training.control_variates,
             class_sums=self._receiving.wanted,
             masked=self.config.privacy.secure_sums,
+            own_generators=settings.clients_train == "own",
         )
-        self.clients = self._open_clients()
+        variates = self.config.training.control_variates
+        self.kept = KeptByClients(
+            self._folder,
+            self.state,
+            own=self._expected.row_size if self.aggregator.keeps_clients_apart or variates else 0,
+            network=self._client_sums.network_size if self._expected.own_generators else 0,
+            variates=variates,
+        )
+        if state is None:
+            self.state = self.kept.pretrained(self.state, setup)
         self._step = ServerStep(setup, self.parts, self.state.generator)
         self.held_out = HeldOut(setup, self.parts)
         self._status = status
@@ -143,9 +156,16 @@ class Server:
         )
         up, down = self._bytes(cohort, broadcast, numbers)
         generator = self._step.generator_state()
-        kept = ClientIndex() if self.clients is None else self.clients.commit()
-        self.state = ServerState(
-            clock.round_number, stepped.adapter, generator, stepped.buffer, kept, learnt, moments, guides
+        self.state = self.kept.commit(
+            ServerState(
+                clock.round_number,
+                stepped.adapter,
+                generator,
+                stepped.buffer,
+                learnt=learnt,
+                server_optimizer=moments,
+                guides=guides,
+            )
         )
         return RoundResult(clock.round_number, len(cohort), tuple(lost), metrics, clock.seconds, up, down)
 
@@ -187,7 +207,7 @@ class Server:
     def _joining(self, num_clients: int) -> Joining:
         return make_joining(
             self.aggregator,
-            self.clients,
+            self.kept.own,
             folder=self._folder,
             num_clients=num_clients,
             row_size=self._expected.row_size,
@@ -201,7 +221,7 @@ class Server:
         lost: list[LostClient] = []
         total = sum(len(block.client_ids) for block in blocks)
         clock.clients(0, total)
-        for answer in self.pool.train(self._with_own(blocks, broadcast), broadcast):
+        for answer in self.pool.train(self.kept.blocks(blocks, broadcast), broadcast):
             if isinstance(answer, LostBlock):
                 joining.lose(answer.index)
                 numbers.lose(answer.index)
@@ -211,18 +231,12 @@ class Server:
             else:
                 check_update(answer, blocks[answer.index], self._expected, broadcast)
                 joining.add(answer, blocks[answer.index])
+                self.kept.add(answer)
                 numbers.add(answer)
                 clock.clients(numbers.answered, total)
         self._receiving.require_everyone(len(lost), broadcast.round_number)
         self._require_quorum(numbers.answered, total, broadcast.round_number)
         return lost
-
-    def _with_own(self, blocks: Sequence[Block], broadcast: Broadcast) -> Sequence[Block]:
-        """Blocks as they are sent: with what their clients keep, where they keep anything."""
-        if self.clients is None:
-            return blocks
-        first = flatten_state(broadcast.adapter).numpy()
-        return OwnBlocks(blocks, self.clients, first if self.aggregator.keeps_clients_apart else np.zeros_like(first))
 
     def _require_quorum(self, answered: int, total: int, round_number: int) -> None:
         # Less a hair: 0.55 * 100 is 55.00000000000001, and 55 of 100 are enough.
@@ -244,26 +258,20 @@ class Server:
                 f"{self.config.feda2v.byzantine_clients} needs at least {needed} clients in a cohort, it has {size}"
             )
 
-    def _open_clients(self) -> ClientStore | None:
-        """Where clients keep their own tensors or their control variates, if they do."""
-        if not (self.aggregator.keeps_clients_apart or self.config.training.control_variates):
-            return None
-        return ClientStore(
-            self._folder / CLIENTS,
-            self._expected.row_size,
-            index=self.state.clients,
-            kept=kept_indices(self._folder),
-        )
-
     def _bytes(self, cohort: np.ndarray, broadcast: Broadcast, numbers: Numbers) -> tuple[int, int]:
         """What the cohort's clients would send and receive; those that keep their own tensors receive them once."""
         size, told = state_bytes(broadcast.adapter), state_bytes(broadcast.extra)
         up = numbers.stats_bytes + numbers.answered * state_bytes(numbers.sums())
-        if self.clients is None or not self.aggregator.keeps_clients_apart:
-            changed = size if self.config.federation.local_epochs else 0  # who doesn't train has no change to send
-            return up + numbers.answered * changed, len(cohort) * (size + told)
-        newcomers = int((self.state.clients.slots_of(cohort) < 0).sum())
-        return up, newcomers * size + len(cohort) * told
+        down = len(cohort) * (size + told)
+        if self.aggregator.keeps_clients_apart:
+            newcomers = int((self.state.clients.slots_of(cohort) < 0).sum())
+            down -= (len(cohort) - newcomers) * size
+        elif self.config.federation.local_epochs:  # who doesn't train has no change to send
+            up += numbers.answered * size
+        if self.kept.generators is not None:
+            old = int((self.state.generators.slots_of(cohort) >= 0).sum())
+            down -= old * state_bytes(network_of(broadcast.extra))
+        return up, down
 
     def guarantee(self) -> dict[str, object]:
         """What is promised to clients about the rounds so far, for result.json."""
@@ -279,20 +287,25 @@ class Server:
         Raises:
             ValueError: clients keep their tensors in another run directory.
         """
-        if self.clients is not None:
-            if run_dir != self._folder:
-                raise ValueError(f"clients keep their tensors in {self._folder}, a checkpoint in {run_dir} lacks them")
-            self.clients.flush()
+        self.kept.flush(run_dir)
         fingerprint = self.setup.data_fingerprint
         save_checkpoint(run_dir, self.state, self.config, mlflow_run_id=mlflow_run_id, data_fingerprint=fingerprint)
-        if self.clients is not None:
-            self.clients.pin(self.state.clients)
+        self.kept.pin(self.state)
+
+    def save_generators(self, run_dir: Path) -> None:
+        """Write clients' generators and class means (see `saved_generators`)."""
+        held_out = self.held_out.embeddings(self.state.adapter)
+        save_generators(run_dir, self.setup, self.parts, self.state, self.kept.generators, held_out)
 
     def close(self) -> None:
         """End the pool and close what clients keep."""
         self.pool.close()
-        if self.clients is not None:
-            self.clients.close()
+        self.kept.close()
+
+    @property
+    def clients(self) -> ClientStore | None:
+        """The adapters or control variates that clients keep, where they keep any."""
+        return self.kept.own
 
     def sample_embeddings(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """For a plot: held-out audio embeddings [n, S * D], their classes, synthetic ones [m, S * D], their classes."""

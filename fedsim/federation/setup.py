@@ -27,11 +27,13 @@ from fedsim.data.recordings import Recordings
 from fedsim.data.split import split_recordings
 from fedsim.data.store import Store, fill_store, write_store
 from fedsim.errors import ConfigError, DataError
+from fedsim.federation.generated import GeneratedData
 from fedsim.federation.population import check_statistics, deal
+from fedsim.federation.saved_generators import open_pretrained
 from fedsim.models.adapters import HeadSpec, check_heads
 from fedsim.models.encoders import make_audio_encoder, require_ast
 from fedsim.models.encoders.precomputed import load_precomputed, precomputed_fingerprint
-from fedsim.models.encoders.text import make_text_targets
+from fedsim.models.encoders.text import TextTargets, make_text_targets
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -84,6 +86,8 @@ def prepare(config: Config, progress: Progress | None = None) -> Setup:
     """
     if config.privacy.noise_multiplier or config.privacy.target_epsilon is not None:
         require_accountant()
+    if config.data.generators is not None:
+        return _prepare_generated(config)
     path = config.data.path
     if path is None and config.data.download and config.data.name.startswith("esc"):
         path = str(fetch_esc50(cache_dir(config), progress=progress))
@@ -106,16 +110,8 @@ def prepare(config: Config, progress: Progress | None = None) -> Setup:
         asked = config.federation.cohort_size
         raise DataError(f"federation.cohort_size is {asked} but the partition has {partition.num_clients} clients")
     check_heads(head_specs(config))
-    targets = make_text_targets(
-        config.model.text_encoder.name,
-        class_names=recordings.class_names,
-        heads=config.model.head_shapes(),
-        path=config.model.text_encoder.path,
-        clip=config.model.text_encoder.clip,
-        t5=config.model.text_encoder.t5,
-        revision=config.model.text_encoder.revision,
-        template=config.model.text_encoder.template,
-    )
+    open_pretrained(config, class_names=recordings.class_names, num_clients=partition.num_clients)
+    targets = _targets(config, recordings.class_names)
     check_statistics(config, partition, recordings)
     store, audio_encoder = _embed(config, everything, recordings, progress)
     if not store.ok.all():
@@ -134,15 +130,52 @@ def prepare(config: Config, progress: Progress | None = None) -> Setup:
         test_rows=test,
         targets={head: table.numpy() for head, table in targets.targets.items()},
         used=used,
-        data_fingerprint=_fingerprint(recordings, store, partition, targets.targets),
+        data_fingerprint=_fingerprint(recordings.fingerprint, store, partition, targets.targets),
     )
 
 
-def _fingerprint(
-    recordings: Recordings, store: Store, partition: Partition, targets: Mapping[str, torch.Tensor]
-) -> str:
+def _prepare_generated(config: Config) -> Setup:
+    """The setup of clients whose rows come from saved generators (`data.generators`): no audio, no encoder."""
+    data = GeneratedData(config)
+    if (asked := config.federation.cohort_size or 1) > data.partition.num_clients:
+        clients = data.partition.num_clients
+        raise DataError(f"federation.cohort_size is {asked} but data.generators makes {clients} clients")
+    check_heads(head_specs(config))
+    targets = _targets(config, data.class_names)
+    store = write_store(cache_dir=cache_dir(config), fingerprint=data.fingerprint, hashes=data.hashes, rows=data.rows())
+    used = {"audio_encoder": data.audio_encoder, "data": data.description}
+    used |= {f"text_{head}": source for head, source in targets.source.items()}
+    return Setup(
+        config=config,
+        class_names=data.class_names,
+        store_path=store.path,
+        labels=data.labels,
+        partition=data.partition,
+        test_rows=data.test_rows,
+        targets={head: table.numpy() for head, table in targets.targets.items()},
+        used=used,
+        data_fingerprint=_fingerprint(data.fingerprint, store, data.partition, targets.targets),
+    )
+
+
+def _targets(config: Config, class_names: tuple[str, ...]) -> TextTargets:
+    """Text targets of the classes, as the configuration says."""
+    text = config.model.text_encoder
+    return make_text_targets(
+        text.name,
+        class_names=class_names,
+        heads=config.model.head_shapes(),
+        path=text.path,
+        clip=text.clip,
+        t5=text.t5,
+        revision=text.revision,
+        template=text.template,
+    )
+
+
+def _fingerprint(data: str, store: Store, partition: Partition, targets: Mapping[str, torch.Tensor]) -> str:
     """Hash of all that numbers depend on besides the configuration: the store's name is that of its contents."""
-    sha = hashlib.sha256(f"{recordings.fingerprint}/{store.path.name}/{partition.fingerprint}".encode())
+    sha = hashlib.sha256(f"{data}/{store.path.name}/{partition.fingerprint}".encode())
     for head in sorted(targets):
         sha.update(np.ascontiguousarray(targets[head].numpy()).tobytes())
     return sha.hexdigest()

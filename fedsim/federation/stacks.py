@@ -6,15 +6,16 @@ Legend: K clients of a stack, P numbers of an adapter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedsim.algorithms.aggregation import make_aggregator
+from fedsim.algorithms.augmentation import StackGenerator
 from fedsim.algorithms.batches import ClientRows, training_batches
-from fedsim.algorithms.client_generator import PREFIX, ClientGenerators
+from fedsim.algorithms.client_generator import stack_of
 from fedsim.algorithms.client_model import embed
 from fedsim.algorithms.control_variates import ControlVariates, variates_of
 from fedsim.algorithms.evaluation import evaluate
@@ -33,9 +34,10 @@ from fedsim.federation.messages import all_finite
 from fedsim.federation.parts import Parts, adapter_part, rows_of
 from fedsim.federation.privacy import Sending, summed, sums_wanted
 from fedsim.federation.setup import Setup
+from fedsim.federation.stack_generators import StackGenerators
 from fedsim.federation.stack_size import ClientCosts, client_costs, stack_size
 from fedsim.models.adapters.shared_weight import SharedWeight, multiplied_out
-from fedsim.types import AdapterState, Broadcast, ClassStats, ClientMetrics, unflatten_state
+from fedsim.types import AdapterState, Broadcast, ClassStats, ClientMetrics
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class TrainedStack:
     """What is left of a stack: sum of weighted deltas [*shape], sum of weights, statistics, numbers, flat rows [K, P].
 
     Either the sum is there or, where the aggregator needs all updates, the rows; `sums` of what the broadcast asks for;
-    `kept` [K, P]: control variates.
+    `kept` [K, P]: control variates; `generators`: the networks that clients keep, flat rows.
     """
 
     delta_sum: AdapterState | None
@@ -53,6 +55,7 @@ class TrainedStack:
     updates: np.ndarray | None
     sums: AdapterState
     kept: np.ndarray | None = None
+    generators: np.ndarray | None = None
 
 
 def local_training(config: Config) -> LocalTraining:
@@ -72,20 +75,6 @@ def local_training(config: Config) -> LocalTraining:
     )
 
 
-def generator_training(config: Config) -> LocalTraining:
-    """How clients train generators, from the configuration."""
-    settings = config.feda2v
-    return LocalTraining(
-        optimizer="AdamW",
-        learning_rate=settings.generator_learning_rate or config.training.learning_rate,
-        batch_size=config.training.batch_size,
-        weight_decay=1e-4,
-        momentum=0.0,
-        clip_norm=5.0,
-        local_epochs=settings.generator_epochs or settings.global_model_train_epochs,
-    )
-
-
 class StackTrainer:
     """Trains stacks on one device; holds buffers, never client state.
 
@@ -98,21 +87,21 @@ class StackTrainer:
         self._setup, self._config, self._parts = setup, setup.config, parts
         self._aggregator = make_aggregator(setup.config.feda2v.adapter_aggregation_mode)
         self.how = local_training(setup.config)
-        self._client_generators = ClientGenerators(
-            generator_training(setup.config), min_count=setup.config.privacy.min_count
-        )
+        self._generators = StackGenerators(setup)
         self._buffers = Buffers()
         self._sending, self._class_sums = Sending(setup.config, parts), sums_wanted(setup.config, parts)
 
     def costs(self, broadcast: Broadcast, *, most_steps: int, own: bool) -> ClientCosts:
         """Of a client of a block whose longest takes `most_steps`; `own` where clients start from their own tensors."""
+        rows, network = self._generators.costs(broadcast)
         return client_costs(
             broadcast.adapter,
             segments=self._parts.adapter.input_shape[0],
             steps=most_steps,
-            how=self.how,
+            how=replace(self.how, batch_size=self.how.batch_size + rows),
             apart=own or self._aggregator.needs_updates or self._sending.apart,
-            sums=(broadcast.extra["basis"].numel() if "basis" in broadcast.extra else 0)
+            sums=network
+            + (broadcast.extra["basis"].numel() if "basis" in broadcast.extra else 0)
             + sum(int(np.prod(shape)) for shape in self._class_sums.values()),
         )
 
@@ -141,10 +130,12 @@ class StackTrainer:
         params = self._start(own, broadcast, len(data))
         wanted, basis = broadcast.evaluate_clients, broadcast.extra.get("basis")
         with_stats = self._config.feda2v.global_model_train or self._config.training.prototype_weight > 0
+        trained, generators, draws = self._generators.train(data, broadcast)
         if self.how.local_epochs:
             before = self._evaluate(params, data) if wanted else None
-            losses = self._steps(params, data, broadcast, most_steps, variates)
-            after = self._evaluate(params, data, with_stats=with_stats, basis=basis) if wanted or with_stats else None
+            losses = self._steps(params, data, broadcast, most_steps, variates, draws)
+            measures = wanted or with_stats or basis is not None
+            after = self._evaluate(params, data, with_stats=with_stats, basis=basis) if measures else None
         else:
             before = after = self._evaluate(params, data, with_stats=with_stats, basis=basis)
             losses = after.loss
@@ -164,19 +155,18 @@ class StackTrainer:
         return TrainedStack(
             delta_sum=delta_sum,
             weight_sum=0.0 if broadcast.ring is not None else float(weights.sum()),
-            stats=empty_stats(self._parts.adapter) if after is None or after.stats is None else after.stats,
+            stats=after.stats if with_stats and after and after.stats is not None else empty_stats(self._parts.adapter),
             metrics=_metrics(data, losses, before, after, held_out),
             updates=updates,
-            sums=sums | self._generators(data, broadcast) | changes,
+            sums=sums | trained | changes,
             kept=kept,
+            generators=generators,
         )
 
     def _start(self, own: np.ndarray | None, broadcast: Broadcast, clients: int) -> dict[str, Tensor | SharedWeight]:
         if own is None:
             return shared_start(broadcast.adapter, clients)
-        # Contiguous, not views of rows of P numbers: torch's fused AdamW takes that for granted.
-        apart = unflatten_state(torch.from_numpy(np.array(own)), broadcast.adapter)
-        return {name: tensor.contiguous() for name, tensor in apart.items()}
+        return {**stack_of(own, broadcast.adapter)}
 
     def _steps(
         self,
@@ -185,8 +175,9 @@ class StackTrainer:
         broadcast: Broadcast,
         most_steps: int,
         variates: ControlVariates | None,
+        draws: StackGenerator | None,
     ) -> np.ndarray:
-        """Local training in place; losses [K]."""
+        """Local training in place, with synthetic rows where there are `draws`; losses [K]."""
         batches = training_batches(
             data,
             seed=broadcast.seed,
@@ -197,7 +188,7 @@ class StackTrainer:
         return train_stack(
             self._parts.model,
             params,
-            batches,
+            replace(batches, enlarge=None if draws is None else draws.enlarge),
             objective=with_prototypes(self._parts.objective, broadcast.extra, self._config.training.prototype_weight),
             how=self.how,
             buffers=self._buffers,
@@ -214,26 +205,10 @@ class StackTrainer:
             data,
             objective=self._parts.objective,
             batch_size=self.how.batch_size,
-            stats_min_count=self._config.privacy.min_count if with_stats else None,
+            stats_min_count=self._config.privacy.min_count if with_stats or basis is not None else None,
             share_variances=self._config.privacy.share_variances,
             basis=None if basis is None else basis.to(self._parts.device),
             class_sums=self._class_sums,
-        )
-
-    def _generators(self, data: ClientRows, broadcast: Broadcast) -> AdapterState:
-        """Changes of the clients' generators, summed; none where they aren't trained."""
-        network = {n.removeprefix(PREFIX): t for n, t in broadcast.extra.items() if n.startswith(PREFIX)}
-        if not network:
-            return {}
-        device = self._parts.device
-        rows = torch.from_numpy(data.rows).to(data.inputs.device)
-        return self._client_generators.train(
-            data,
-            data.inputs.index_select(0, rows),
-            network={name: tensor.to(device) for name, tensor in network.items()},
-            deviation=broadcast.extra["deviation"].to(device),
-            seed=broadcast.seed,
-            round_number=broadcast.round_number,
         )
 
     def _updates(self, params: StackParams, broadcast: Broadcast) -> np.ndarray:

@@ -24,6 +24,7 @@ from fedsim.config.schema import Resources
 from fedsim.data.store import open_store
 from fedsim.errors import ClientError
 from fedsim.federation.blocks import BlockTrainer, make_blocks
+from fedsim.federation.client_sums import ClientSums
 from fedsim.federation.parts import build_parts, choose_device, initial_state
 from fedsim.federation.setup import Setup, head_specs
 from fedsim.models.adapters import make_adapter
@@ -199,6 +200,8 @@ def _client_costs(setup: Setup, cohort: np.ndarray) -> tuple[float, float]:
         numbers += 4.0 * parameters
     if config.training.control_variates:
         numbers += 4.0 * parameters
+    if config.feda2v.clients_train == "own":
+        numbers += 4.0 * ClientSums(config, encoder.segments * encoder.dim).network_size
     return flops, 4.0 * numbers
 
 

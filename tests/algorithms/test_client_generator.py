@@ -53,7 +53,7 @@ UNEQUAL = [[1, 1, 0], [0, 3, 0], [2, 1, 1], [4, 0, 2], [0, 9, 1], [5, 5, 5]]
 def train(data: ClientRows, x: torch.Tensor, *, how=HOW, network=NETWORK, round_number: int = 1):
     trainer = ClientGenerators(how, min_count=2)
     deviation = torch.full((SIZE,), 2.0)
-    return trainer.train(data, x, network=network, deviation=deviation, seed=0, round_number=round_number)
+    return trainer.train(data, x, network=network, deviation=deviation, seed=0, round_number=round_number)[0]
 
 
 def test_residuals_are_taken_from_the_clients_own_class_mean_and_stretched():
@@ -122,15 +122,17 @@ def test_averaging_is_weighted_by_recordings():
 
 
 def test_noise_is_normal_and_a_function_of_client_step_and_round():
-    noise = client_generator._normal(0, 1, np.arange(200), 3, 1002)
+    noise = client_generator.normal_rows(0, "client-generator", 1, np.arange(200), 3, 1002)
     assert noise.shape == (200, 1002)
     assert abs(float(noise.mean())) < 0.01
     assert abs(float(noise.std()) - 1) < 0.01
     assert abs(float((noise**4).mean()) - 3) < 0.1
     assert float(torch.corrcoef(noise[:, :2].T)[0, 1].abs()) < 0.25
-    assert torch.equal(noise[17:18], client_generator._normal(0, 1, np.array([17]), 3, 1002))
+    assert torch.equal(noise[17:18], client_generator.normal_rows(0, "client-generator", 1, np.array([17]), 3, 1002))
     for seed, round_number, step in ((1, 1, 3), (0, 2, 3), (0, 1, 4)):
-        assert not torch.equal(noise, client_generator._normal(seed, round_number, np.arange(200), step, 1002))
+        assert not torch.equal(
+            noise, client_generator.normal_rows(seed, "client-generator", round_number, np.arange(200), step, 1002)
+        )
 
 
 def random_network() -> dict[str, torch.Tensor]:

@@ -13,7 +13,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from processes import actors, kill, wait_for
-from worlds import CPU, SERVER_STEP, digest_after, hand_made, kept_of, make_server, numbers, reconfigured, run
+from worlds import (
+    CPU,
+    OWN_GENERATORS,
+    SERVER_STEP,
+    digest_after,
+    generators_of,
+    hand_made,
+    kept_of,
+    make_server,
+    numbers,
+    reconfigured,
+    run,
+)
 
 from fedsim.errors import ClientError, QuorumError, ResourceError
 from fedsim.federation.blocks import BlockTrainer, make_blocks
@@ -105,6 +117,20 @@ def test_clients_that_keep_their_tensors_get_them_back_over_the_wire(cluster, se
     assert np.isfinite(own).any()
     np.testing.assert_array_equal(there.clients.rows(everyone, none), own)
     assert numbers(again) == numbers(results)
+
+
+@pytest.mark.parametrize("mode", ["own", "shared"])
+def test_generators_of_clients_are_the_same_over_the_wire(cluster, setup, mode):
+    own = reconfigured(setup, "feda2v.global_model_train=false", *OWN_GENERATORS, f"feda2v.client_generator={mode}")
+    here, results = run(own, 3)
+    with ray_pool(own, 2) as pool:
+        there, remote = run(own, 3, pool=pool)
+    assert digest(there.state.adapter) == digest(here.state.adapter)
+    assert digest(there.state.learnt.network) == digest(here.state.learnt.network)
+    assert numbers(remote) == numbers(results)
+    kept, wanted = generators_of(there), generators_of(here)
+    assert kept.keys() == wanted.keys() == (set(range(7)) if mode == "own" else set())
+    assert all((kept[client] == wanted[client]).all() for client in wanted)
 
 
 def test_actors_killed_in_mid_round_leave_the_same_bits_and_a_warning(cluster, setup, reference, caplog):

@@ -14,7 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from worlds import SERVER_STEP, kept_of, make_server, numbers, reconfigured, run, tiny_config
+from worlds import (
+    OWN_GENERATORS,
+    SERVER_STEP,
+    generators_of,
+    kept_of,
+    make_server,
+    numbers,
+    reconfigured,
+    run,
+    tiny_config,
+)
 
 from fedsim.errors import CheckpointError
 from fedsim.federation.checkpoint import ServerState, load_checkpoint, newest_checkpoint, save_checkpoint
@@ -33,6 +43,14 @@ VARIANTS = {
     "vae growing": (*SERVER_STEP, "feda2v.generator_growth=1.0"),
     "lowrank": (*SERVER_STEP, "feda2v.generator_type=lowrank"),
     "residual vae": (*SERVER_STEP, "feda2v.generator_type=residual_vae", "feda2v.generator_latent_dim=4"),
+    "own generators": (NO_STEP, *OWN_GENERATORS, "federation.cohort_size=4"),
+    "shared generators": (*SERVER_STEP, *OWN_GENERATORS, "feda2v.client_generator=shared"),
+    "own adapters and generators": (
+        NO_STEP,
+        *OWN_GENERATORS,
+        "feda2v.adapter_aggregation_mode=none",
+        "federation.cohort_size=4",
+    ),
     "full": (*SERVER_STEP, "feda2v.generator_type=full"),
     "gaussian": (*SERVER_STEP, "feda2v.generator_type=gaussian"),
     "cof without variances": (*SERVER_STEP, "feda2v.generator_type=cof", "privacy.share_variances=false"),
@@ -86,6 +104,7 @@ def state_of(server) -> dict[str, object]:
     if state.guides:
         tables["guides"] = state.guides
     kept = {} if server.clients is None else kept_of(server)
+    tables["generators"] = {str(client): row for client, row in generators_of(server).items()}
     return {"round": state.round_number, "clients": kept} | {
         key: (sorted(table), digest(table)) for key, table in tables.items()
     }

@@ -57,6 +57,14 @@ SERVER_STEP = (
     "feda2v.global_model_train_from_nodes_adapters=true",
     "feda2v.global_model_train_epochs=2",
 )
+OWN_GENERATORS = (
+    "feda2v.client_generator=own",
+    "feda2v.generator_rank=4",
+    "feda2v.generator_latent_dim=16",
+    "feda2v.generator_epochs=2",
+    "training.augmentation=0.5",
+)
+"""Every client trains a generator of its own and adds two rows to a batch of four."""
 
 
 def tiny_config(*overrides: str) -> Config:
@@ -110,6 +118,15 @@ def kept_of(server: Server) -> dict[int, bytes]:
     clients = server.state.clients.ids
     rows = server.clients.rows(clients, np.float32(np.nan))
     return {client: row.tobytes() for client, row in zip(clients.tolist(), rows, strict=True)}
+
+
+def generators_of(server: Server) -> dict[int, torch.Tensor]:
+    """The networks that clients keep after the last round: client -> flat row."""
+    if server.kept.generators is None:
+        return {}
+    clients = server.state.generators.ids
+    rows = torch.from_numpy(server.kept.generators.rows(clients, np.float32(np.nan)))
+    return dict(zip(clients.tolist(), rows, strict=True))
 
 
 def digest_after(setup: Setup, rounds: int | None = None, **kwargs) -> str:

@@ -33,7 +33,6 @@ __all__ = [
     "Generator",
     "GeneratorSpec",
     "make_generator",
-    "trained_by_clients",
     "uses_covariance",
 ]
 
@@ -59,11 +58,6 @@ KINDS: dict[str, Callable[[GeneratorSpec], Generator]] = {
 def uses_covariance(kind: str, rows: str) -> bool:
     """Whether a kind, trained on these rows, needs the pooled within-class covariance."""
     return kind in ("lowrank", "full", "residual_vae") or (kind in LEARNT and rows == "lowrank")
-
-
-def trained_by_clients(kind: str) -> bool:
-    """Whether clients train a network of this kind."""
-    return kind == "residual_vae"
 
 
 def make_generator(kind: str, spec: GeneratorSpec) -> Generator:

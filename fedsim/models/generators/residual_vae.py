@@ -105,6 +105,13 @@ def decode(params: Params, z: Tensor) -> Tensor:
     return _half(params, "decoder", z)
 
 
+def draw_rows(params: Params, z: Tensor, noise: Tensor) -> Tensor:
+    """Standardised residuals [K, B, E], decoder noise kept, from standard normal latents [K, B, Z] and noise alike."""
+    spread = (0.5 * params["log_noise"].clamp(-8.0, 4.0)).exp().unsqueeze(1)
+    rows: Tensor = decode(params, z) + spread * noise
+    return rows
+
+
 class ResidualVae:
     """The server's side: class means from statistics, the network as the clients have trained it."""
 
