@@ -415,7 +415,7 @@ def test_explain_a_key() -> None:
     ):
         assert part in text
     assert "section: federation" in text
-    assert "residual_vae, vae, vae_plain, gan, cgan" in explain("feda2v.generator_type")
+    assert "residual_vae, vae, vae_plain, multimodal, gan, cgan" in explain("feda2v.generator_type")
     assert explain("nodes.3.dataset") == explain("nodes.<id>.dataset")
     assert explain("search.space.training.learning_rate.low") == explain("search.space.<key>.low")
 

@@ -228,10 +228,20 @@ class FedA2V(Section):
     )
     use_generator: bool = key(False, "build and train the generator, and refine with its samples")
     generator_type: Literal[
-        "replay", "gaussian", "cof", "lowrank", "full", "residual_vae", "vae", "vae_plain", "gan", "cgan"
-    ] = key("lowrank", "kind of generator; learnt kinds, which the server trains: vae, vae_plain, gan, cgan")
+        "replay",
+        "gaussian",
+        "cof",
+        "lowrank",
+        "full",
+        "residual_vae",
+        "vae",
+        "vae_plain",
+        "multimodal",
+        "gan",
+        "cgan",
+    ] = key("lowrank", "kind of generator; the server trains the learnt kinds: vae, vae_plain, multimodal, gan, cgan")
     generator_granularity: Literal["unified", "per_class", "per_group"] = key(
-        "unified", "learnt kinds: one network for all classes, one per class, or one per class group"
+        "unified", "vae, vae_plain, gan, cgan: one network for all classes, one per class, or one per class group"
     )
     generator_class_groups: dict[str, list[str]] | None = key(
         None, "generator_granularity per_group: class names by group, each class in one; a list of lists will do too"

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from fedsim.algorithms.generation import (
     NO_STATISTICS,
+    Synthetic,
     conditions,
     describe_epoch,
     draw_synthetic,
+    head_rows,
     merge_buffer,
     public_conditions,
 )
@@ -27,7 +29,7 @@ from fedsim.config.schema import Config, FedA2V
 from fedsim.federation.clock import RoundClock
 from fedsim.federation.parts import Parts, adapter_part
 from fedsim.federation.setup import Setup
-from fedsim.models.generators import Evidence, FitReport, Generator, GeneratorSpec, make_generator
+from fedsim.models.generators import Evidence, FitReport, Generator, GeneratorSpec, Multimodal, make_generator
 from fedsim.models.generators.granular import class_groups
 from fedsim.models.generators.residual_vae import ResidualVae
 from fedsim.seeding import rng
@@ -114,7 +116,9 @@ class ServerStep:
         metrics: dict[str, float] = {}
         if self._generator is not None:
             with clock("generate"):
-                report = self._fit(self._generator, known, condition, learnt, clock.round_number)
+                report = self._fit(
+                    self._generator, self._evidence(stats, known, condition, learnt), learnt, clock.round_number
+                )
             metrics |= {"server/generator_loss": report.mean_loss}
             metrics |= {f"server/generator_{name}": value for name, value in report.metrics.items()}
         with clock("refine"):
@@ -136,19 +140,17 @@ class ServerStep:
             log.info("round %d: %d rows of class statistics stand for those of all clients", round_number, len(bounded))
         return bounded
 
-    def _fit(
-        self,
-        generator: Generator,
-        known: ClassStats,
-        condition: Tensor,
-        learnt: Learnt,
-        round_number: int,
-    ) -> FitReport:
+    def _evidence(self, stats: ClassStats, known: ClassStats, condition: Tensor, learnt: Learnt) -> Evidence:
+        """What the generator is fitted on; adapter outputs for the kind that uses them."""
+        heads = head_rows(self._parts.objective, stats, known) if isinstance(self._generator, Multimodal) else {}
+        return Evidence(known, condition, learnt.pooled and learnt.pooled.to(self._parts.device), heads)
+
+    def _fit(self, generator: Generator, known: Evidence, learnt: Learnt, round_number: int) -> FitReport:
         settings = self._config.feda2v
         if isinstance(generator, ResidualVae):
             generator.take(learnt.network, learnt.deviation)
         report = generator.fit(
-            Evidence(known, condition, learnt.pooled and learnt.pooled.to(self._parts.device)),
+            known,
             epochs=generator_epochs(self._config),
             stream=rng(self._config.experiment.seed, "generator", round_number),
         )
@@ -211,12 +213,13 @@ class ServerStep:
         # After a resume without another round the clients' outputs are gone: the public targets stand in for them.
         condition = public_conditions(self._parts.objective) if self._condition is None else self._condition
         stream = rng(self._config.experiment.seed, purpose, round_number)
-        return _draw(self._generator, buffer.to(self._parts.device), condition, per_class, stream)
+        made = _draw(self._generator, buffer.to(self._parts.device), condition, per_class, stream)
+        return made.labels, made.embeddings
 
 
 def _draw(
     generator: Generator, known: ClassStats, condition: Tensor, per_class: int, stream: np.random.Generator
-) -> tuple[np.ndarray, Tensor]:
+) -> Synthetic:
     return draw_synthetic(generator, known, condition, per_class=per_class, stream=stream)
 
 

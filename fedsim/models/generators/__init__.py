@@ -18,6 +18,7 @@ from fedsim.models.generators.centred import Centred
 from fedsim.models.generators.cgan import Cgan
 from fedsim.models.generators.gan import Gan
 from fedsim.models.generators.granular import Granular
+from fedsim.models.generators.multimodal import Multimodal
 from fedsim.models.generators.protocol import Evidence, Generator, GeneratorSpec
 from fedsim.models.generators.report import FitReport
 from fedsim.models.generators.residual_vae import ResidualVae
@@ -32,13 +33,14 @@ __all__ = [
     "FitReport",
     "Generator",
     "GeneratorSpec",
+    "Multimodal",
     "make_generator",
     "trained_by_clients",
     "uses_covariance",
 ]
 
 
-LEARNT = ("vae", "vae_plain", "gan", "cgan")
+LEARNT = ("vae", "vae_plain", "multimodal", "gan", "cgan")
 """Kinds with networks that the server trains, on `generator_rows`."""
 
 KINDS: dict[str, Callable[[GeneratorSpec], Generator]] = {
@@ -50,6 +52,7 @@ KINDS: dict[str, Callable[[GeneratorSpec], Generator]] = {
     "residual_vae": lambda spec: ResidualVae(),
     "vae": Vae,
     "vae_plain": lambda spec: Centred(Vae(spec)),
+    "multimodal": Multimodal,
     "gan": Gan,
     "cgan": Cgan,
 }
