@@ -10,7 +10,7 @@ from fedsim.config.keys import find_key, suggestion
 from fedsim.config.schema import Config, Data, FedA2V, SearchRange
 from fedsim.errors import ConfigError
 
-GRANULAR = ("vae", "vae_plain", "gan", "cgan")
+GRANULAR = ("vae", "vae_plain", "flow", "gan", "cgan")
 VAES = ("vae", "vae_plain", "multimodal")
 DATASETS: tuple[str, ...] = get_args(Data.model_fields["name"].annotation)
 

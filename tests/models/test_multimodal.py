@@ -39,7 +39,7 @@ def fitted(known: Evidence, *, epochs: int = 150, spec: GeneratorSpec = SPEC) ->
 
 def test_outputs_of_a_sample_go_with_its_audio_embedding():
     known = evidence()
-    generator = fitted(known)
+    generator = fitted(known, epochs=60)
     centres = class_centres(known.stats, C)
     labels = torch.arange(400) % C
     audio, shifts = generator.sample_with_heads(CONDITION[labels], 400, stream=rng(0, "x"))
@@ -52,7 +52,7 @@ def test_outputs_of_a_sample_go_with_its_audio_embedding():
         solution = torch.linalg.lstsq(x, y).solution
         right = 1 - (shifts[head] - apart @ solution).square().sum() / shifts[head].square().sum()
         assert right > 0.6  # noise kept by the decoder is the rest
-        assert shifts[head].std() == pytest.approx(float(y.std()), rel=0.25)
+        assert 0.6 < float(shifts[head].std() / y.std()) < 1.2
         # Deviations from class means: the means themselves lie 500 apart.
         assert shifts[head].mean(0).abs().max() < 0.3 * y.std()
     assert torch.equal(audio, generator.sample(CONDITION[labels], 400, stream=rng(0, "x")))
@@ -61,15 +61,13 @@ def test_outputs_of_a_sample_go_with_its_audio_embedding():
 def test_blocks_count_alike_in_the_squared_error_however_wide_and_large_they_are():
     errors = []
     for known in (evidence(wide=8, scale=0.01), evidence(wide=800, scale=100.0)):
-        generator = fitted(known, epochs=20)
-        vae = generator._centred._inner
-        x, wrong = torch.zeros(6, sum(generator._widths.values())), torch.zeros(6, sum(generator._widths.values()))
-        wrong[:, : S * D] = 1.0  # the audio block alone is wrong by one deviation
-        vae._calibrated, parts = False, None
-        vae._network["decoder"] = torch.nn.Identity()
-        vae._network["decoder"].forward = lambda z, wrong=wrong: wrong
-        parts = vae._loss_parts(x, x, torch.zeros(6, 0), rng(0, "z"))
-        errors.append(parts["recon"])
+        generator = fitted(known, epochs=1, spec=replace(SPEC, loss_scaling="legacy"))
+        vae, x = generator._centred._inner, torch.zeros(6, sum(generator._widths.values()))
+        last = vae._network["decoder"][-1]
+        with torch.no_grad():  # the audio block alone is wrong, by one deviation
+            last.weight.zero_()
+            last.bias.copy_(torch.arange(x.shape[1]) < S * D)
+        errors.append(vae._loss_parts(x, x, torch.zeros(6, 0), rng(0, "z"))["recon"].detach())
     for error in errors:
         torch.testing.assert_close(error, torch.full((6,), 1 / 3))
 
@@ -87,14 +85,13 @@ def test_without_outputs_or_with_other_widths_a_fit_is_refused():
     with pytest.raises(ModelError, match="needs the clients' adapter outputs"):
         Multimodal(SPEC).fit(replace(known, heads={}), epochs=1, stream=rng(0, "x"))
     generator = fitted(known, epochs=1)
-    with pytest.raises(ModelError, match="incompatible dimensions: the generator was built for .*'t5': 40.*'t5': 8"):
+    with pytest.raises(ModelError, match=r"incompatible dimensions: the generator was built for .*'t5': 40.*'t5': 8"):
         generator.fit(evidence(wide=8), epochs=1, stream=rng(0, "x"))
 
 
 def test_a_real_t5_head_needs_tens_of_megabytes():
     known = evidence(clients=3, wide=4096)
-    size = sum(
-        tensor.numel() * 4 for tensor in fitted(known, epochs=1, spec=replace(SPEC, hidden_dim=512)).state().values()
-    )
+    state = fitted(known, epochs=1, spec=replace(SPEC, hidden_dim=512)).state()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     # Two matrices of 512 x (8 + 3 + 4096) with two moments each; its 17 tokens would make that 17 times as much.
     assert size < 80 * 2**20

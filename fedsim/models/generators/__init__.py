@@ -16,6 +16,7 @@ from dataclasses import replace
 from fedsim.errors import ModelError
 from fedsim.models.generators.centred import Centred
 from fedsim.models.generators.cgan import Cgan
+from fedsim.models.generators.flow import Flow
 from fedsim.models.generators.gan import Gan
 from fedsim.models.generators.granular import Granular
 from fedsim.models.generators.multimodal import Multimodal
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 
-LEARNT = ("vae", "vae_plain", "multimodal", "gan", "cgan")
+LEARNT = ("vae", "vae_plain", "multimodal", "flow", "gan", "cgan")
 """Kinds with networks that the server trains, on `generator_rows`."""
 
 KINDS: dict[str, Callable[[GeneratorSpec], Generator]] = {
@@ -53,6 +54,7 @@ KINDS: dict[str, Callable[[GeneratorSpec], Generator]] = {
     "vae": Vae,
     "vae_plain": lambda spec: Centred(Vae(spec)),
     "multimodal": Multimodal,
+    "flow": lambda spec: Centred(Flow(spec)),
     "gan": Gan,
     "cgan": Cgan,
 }
