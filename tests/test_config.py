@@ -307,7 +307,7 @@ GENERATOR = {"use_generator": True, "global_model_train": True}
         ),
         (
             {"feda2v": {"generator_granularity": "per_class", "generator_type": "lowrank"}},
-            ["generator_granularity is per_class", "generator_type is lowrank", "vae, vae_plain, gan, cgan"],
+            ["generator_granularity is per_class", "generator_type is lowrank", "vae, vae_plain, flow, gan, cgan"],
         ),
         (
             {"feda2v": {"generator_granularity": "per_group", "generator_type": "vae"}},
@@ -523,7 +523,7 @@ def test_explain_a_key() -> None:
     ):
         assert part in text
     assert "section: federation" in text
-    assert "residual_vae, vae, vae_plain, gan, cgan" in explain("feda2v.generator_type")
+    assert "residual_vae, vae, vae_plain, multimodal, flow, gan, cgan" in explain("feda2v.generator_type")
     assert explain("nodes.3.dataset") == explain("nodes.<id>.dataset")
     assert explain("search.space.training.learning_rate.low") == explain("search.space.<key>.low")
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from fedsim.algorithms.objective import Objective
 from fedsim.errors import ModelError
-from fedsim.models.generators import Generator
+from fedsim.models.generators import Generator, Multimodal
 from fedsim.types import ClassStats, join_stats
 
 NO_STATISTICS = (
@@ -71,6 +73,30 @@ def _followed_by(first: Tensor, second: Tensor, rows: np.ndarray) -> Tensor:
     return joined
 
 
+def head_rows(objective: Objective, fresh: ClassStats, known: ClassStats) -> dict[str, Tensor]:
+    """By head, the adapter output that goes with every row of the buffer [M, F], the mean over tokens.
+
+    A client's own mean output where the row is this round's; else, since outputs of earlier adapters are stale, the
+    class's mean output of this round, or the public text target where no client held the class.
+
+    Args:
+        objective: public targets.
+        fresh: this round's statistics.
+        known: what `merge_buffer` made of them: the same rows, then those of earlier rounds.
+    """
+    labels = torch.from_numpy(known.label[len(fresh) :])
+    rows = {}
+    for head, target in objective.targets.items():
+        table = _over_tokens(class_means(fresh, head, target))
+        own = _over_tokens(fresh.output_mean[head].to(table.device))
+        rows[head] = torch.cat([own, table[labels.to(table.device)]])
+    return rows
+
+
+def _over_tokens(table: Tensor) -> Tensor:
+    return table if table.ndim == 2 else table.mean(1)
+
+
 def class_means(stats: ClassStats, head: str, fallback: Tensor) -> Tensor:
     """Count-weighted mean output of every class [C, *shape]; `fallback`'s rows where there are no statistics."""
     table = fallback.clone()
@@ -102,7 +128,21 @@ def public_conditions(objective: Objective) -> Tensor:
 def _scaled(objective: Objective, table: Tensor) -> Tensor:
     head = objective.primary
     scaled: Tensor = (table - objective.centre[head]) * objective.weight[head] ** 0.5
-    return scaled if scaled.ndim == 2 else scaled.mean(1)
+    return _over_tokens(scaled)
+
+
+class Synthetic(NamedTuple):
+    """Synthetic rows.
+
+    Attributes:
+        labels: [n].
+        embeddings: [n, S, D].
+        shifts: by head, how far each row's output should be from its class's mean output [n, F], where that is known.
+    """
+
+    labels: np.ndarray
+    embeddings: Tensor
+    shifts: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def draw_synthetic(
@@ -112,8 +152,8 @@ def draw_synthetic(
     *,
     per_class: int,
     stream: np.random.Generator,
-) -> tuple[np.ndarray, Tensor]:
-    """`per_class` synthetic audio embeddings of every class with statistics: labels [n], embeddings [n, S, D].
+) -> Synthetic:
+    """`per_class` synthetic audio embeddings of every class with statistics.
 
     Where no class mean has a negative coordinate (encoders that end in a ReLU) samples are clamped at 0.
 
@@ -121,10 +161,15 @@ def draw_synthetic(
         ModelError: the generator has diverged.
     """
     labels = np.repeat(np.unique(stats.label), per_class)
-    rows = generator.sample(condition[torch.from_numpy(labels)], len(labels), stream=stream)
-    if not bool(rows.isfinite().all()):
+    asked = condition[torch.from_numpy(labels)]
+    shifts: Mapping[str, Tensor] = {}
+    if isinstance(generator, Multimodal):
+        rows, shifts = generator.sample_with_heads(asked, len(labels), stream=stream)
+    else:
+        rows = generator.sample(asked, len(labels), stream=stream)
+    if not all(bool(made.isfinite().all()) for made in (rows, *shifts.values())):
         raise ModelError("the generator draws rows that aren't finite; lower feda2v.generator_learning_rate")
-    return labels, rows.clamp_(min=0) if float(stats.audio_mean.min()) >= 0 else rows
+    return Synthetic(labels, rows.clamp_(min=0) if float(stats.audio_mean.min()) >= 0 else rows, shifts)
 
 
 LOSS_NAMES = {

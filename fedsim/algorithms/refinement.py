@@ -5,7 +5,9 @@
 
 Real rows are the clients' class means, weighted by count; synthetic rows are drawn anew every epoch; every class has
 the same weight; g is `synthetic_weight` (0 without a generator). The target is the count-weighted mean of the clients'
-outputs mixed with the public text target, T = (1 - a) * clients + a * text with a = `text_anchor`. The refined
+outputs mixed with the public text target, T = (1 - a) * clients + a * text with a = `text_anchor`. Where synthetic rows
+come with outputs of their own (`multimodal`), a row's target is T + (1 - a) * shift, the shift being how far its output
+is from its class's mean output, alike for all tokens. The refined
 adapters are kept only if their loss on held-out rows didn't rise.
 
 Legend: C classes, M rows of class statistics, S segments, D width, B rows of a batch.
@@ -14,13 +16,14 @@ Legend: C classes, M rows of class statistics, S segments, D width, B rows of a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from fedsim.algorithms.generation import class_means
+from fedsim.algorithms.generation import Synthetic, class_means
 from fedsim.algorithms.objective import Objective
 from fedsim.errors import ModelError
 from fedsim.models.adapters import Adapter, stack, unstack
@@ -71,11 +74,20 @@ class Refined:
 
 @dataclass(frozen=True)
 class Rows:
-    """Training rows of one epoch: embeddings [n, S, D], labels [n], weights [n] that add up to 1."""
+    """Training rows of one epoch: embeddings [n, S, D], labels [n], weights [n] that add up to 1.
+
+    `shifts` moves a row's target, by head [n, F].
+    """
 
     embeddings: Tensor
     labels: Tensor
     weights: Tensor
+    shifts: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def take(self, rows: Tensor) -> Rows:
+        """Some of the rows."""
+        shifts = {head: shift[rows] for head, shift in self.shifts.items()}
+        return Rows(self.embeddings[rows], self.labels[rows], self.weights[rows], shifts)
 
 
 def refinement_targets(objective: Objective, stats: ClassStats, text_anchor: float) -> dict[str, Tensor]:
@@ -92,10 +104,13 @@ def real_rows(stats: ClassStats, weight: float) -> Rows:
     return _rows(stats.audio_mean, stats.label, shares * weight)
 
 
-def with_synthetic(real: Rows, labels: np.ndarray, embeddings: Tensor, weight: float) -> Rows:
-    """Real rows and synthetic ones, whose equal weights add up to `weight`."""
-    made = _rows(embeddings, labels, np.full(len(labels), weight / len(labels)))
-    return Rows(*(torch.cat(pair) for pair in zip(_columns(real), _columns(made), strict=True)))
+def with_synthetic(real: Rows, synthetic: Synthetic, weight: float, *, own_outputs: float = 1.0) -> Rows:
+    """Real rows and synthetic ones, whose equal weights add up to `weight`; shifts count by `own_outputs`."""
+    labels = synthetic.labels
+    made = _rows(synthetic.embeddings, labels, np.full(len(labels), weight / len(labels)))
+    embeddings, numbers, weights = (torch.cat(pair) for pair in zip(_columns(real), _columns(made), strict=True))
+    shifts = {h: own_outputs * functional.pad(s, (0, 0, len(real.labels), 0)) for h, s in synthetic.shifts.items()}
+    return Rows(embeddings, numbers, weights, shifts)
 
 
 def _columns(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,7 +133,10 @@ def weighted_loss(
     outputs = adapter.forward(params, rows.embeddings.unsqueeze(0))
     per_row = torch.zeros(1, len(rows.labels), device=rows.weights.device)
     for head, output in outputs.items():
-        per_row = per_row + objective.nmse_rows(head, output, targets[head][rows.labels].unsqueeze(0))
+        wanted = targets[head][rows.labels]
+        if head in rows.shifts:
+            wanted = wanted + rows.shifts[head].view(len(wanted), *(1,) * (wanted.ndim - 2), -1)
+        per_row = per_row + objective.nmse_rows(head, output, wanted.unsqueeze(0))
     if objective.contrastive_weight or objective.cosine_weight:
         # Class text directions stay the public ones; only the regression target is mixed.
         plain = sum(
@@ -136,7 +154,7 @@ def refine(
     *,
     objective: Objective,
     how: Refinement,
-    synthetic: Callable[[np.random.Generator], tuple[np.ndarray, Tensor]] | None,
+    synthetic: Callable[[np.random.Generator], Synthetic] | None,
     stream: np.random.Generator,
     held_out_stream: np.random.Generator,
 ) -> Refined:
@@ -148,7 +166,7 @@ def refine(
         stats: class statistics of the round.
         objective: lambda, public targets, contrastive term.
         how: settings.
-        synthetic: draws labels [n] and embeddings [n, S, D]; None without a generator.
+        synthetic: draws rows; None without a generator.
         stream: order of rows and synthetic draws.
         held_out_stream: draws of the held-out rows, which no step trains on.
 
@@ -167,7 +185,9 @@ def refine(
     with torch.no_grad():
         before = float(weighted_loss(adapter, params, held_out, objective, targets))
     for _ in range(how.epochs):
-        rows = real if synthetic is None else with_synthetic(real, *synthetic(stream), share)
+        rows = real
+        if synthetic is not None:
+            rows = with_synthetic(real, synthetic(stream), share, own_outputs=1 - how.text_anchor)
         loss = _epoch(adapter, params, rows, objective, targets, optimizer, how.batch_size, stream)
         if not np.isfinite(loss):
             raise ModelError(f"refinement: the loss is {loss}; lower feda2v.refine_learning_rate")
@@ -190,8 +210,7 @@ def _epoch(
     """One shuffled pass, in place; returns the epoch's loss."""
     losses = []
     for batch in torch.split(torch.from_numpy(stream.permutation(len(rows.labels))), batch_size):
-        part = Rows(*(column[batch] for column in _columns(rows)))
-        loss = weighted_loss(adapter, params, part, objective, targets)
+        loss = weighted_loss(adapter, params, rows.take(batch), objective, targets)
         # Scaled to an unbiased estimate of the whole weighted loss.
         optimizer.step(loss * (len(rows.labels) / len(batch)))
         losses.append(loss.detach())

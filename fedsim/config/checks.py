@@ -10,8 +10,8 @@ from fedsim.config.keys import find_key, suggestion
 from fedsim.config.schema import Config, Data, FedA2V, Privacy, SearchRange
 from fedsim.errors import ConfigError
 
-GRANULAR = ("vae", "vae_plain", "gan", "cgan")
-VAES = ("vae", "vae_plain")
+GRANULAR = ("vae", "vae_plain", "flow", "gan", "cgan")
+VAES = ("vae", "vae_plain", "multimodal")
 DATASETS: tuple[str, ...] = get_args(Data.model_fields["name"].annotation)
 
 
@@ -397,6 +397,11 @@ def _warnings(config: Config) -> list[str]:
     if settings.generator_class_groups and settings.generator_granularity != "per_group":
         found.append(
             f"feda2v.generator_class_groups has no effect: generator_granularity is {settings.generator_granularity}"
+        )
+    if settings.generator_type == "multimodal" and not settings.global_model_train_from_nodes_adapters:
+        found.append(
+            "feda2v.generator_type is multimodal but global_model_train_from_nodes_adapters is false: its clip and t5 "
+            "rows are learnt but move no target"
         )
     if "text_anchor" in settings.model_fields_set and not settings.global_model_train_from_nodes_adapters:
         found.append(

@@ -257,14 +257,27 @@ class FedA2V(Section):
     )
     use_generator: bool = key(False, "build and train the generator, and refine with its samples")
     generator_type: Literal[
-        "replay", "gaussian", "cof", "lowrank", "full", "residual_vae", "vae", "vae_plain", "gan", "cgan", "oracle"
+        "replay",
+        "gaussian",
+        "cof",
+        "lowrank",
+        "full",
+        "residual_vae",
+        "vae",
+        "vae_plain",
+        "multimodal",
+        "flow",
+        "gan",
+        "cgan",
+        "oracle",
     ] = key(
         "lowrank",
-        "kind of generator; learnt kinds, which the server trains: vae, vae_plain, gan, cgan; oracle draws clients' "
-        "recordings themselves, which only a simulation can do: an upper bound",
+        "kind of generator; the server trains the learnt kinds: vae, vae_plain, multimodal, flow, gan, cgan; oracle "
+        "draws clients' recordings themselves, which only a simulation can do: an upper bound",
     )
     generator_granularity: Literal["unified", "per_class", "per_group"] = key(
-        "unified", "learnt kinds: one network for all classes, one per class, or one per class group"
+        "unified",
+        "learnt kinds but multimodal: one network for all classes, one per class, or one per class group",
     )
     generator_class_groups: dict[str, list[str]] | None = key(
         None, "generator_granularity per_group: class names by group, each class in one; a list of lists will do too"
@@ -293,7 +306,7 @@ class FedA2V(Section):
         64, "training rows drawn per class and generator epoch", "rows", ge=1, le=1_000_000
     )
     generator_hidden_dim: int = key(512, "learnt kinds: width of the two hidden layers", ge=1, le=65_536)
-    generator_latent_dim: int = key(256, "learnt kinds: width of the latent vector", ge=1, le=65_536)
+    generator_latent_dim: int = key(256, "VAEs, gan, cgan: width of the latent vector", ge=1, le=65_536)
     discriminator: Literal["spectral", "r1"] = key(
         "spectral", "cgan: what holds the discriminator back: spectral norm, or a penalty on its slope at real rows"
     )
@@ -309,7 +322,7 @@ class FedA2V(Section):
     )
     novelty_weight: float = key(
         0.0,
-        "learnt kinds: weight of the penalty (0 to 1) on draws too near to a training row of their class",
+        "VAEs, gan, cgan: weight of the penalty (0 to 1) on draws too near to a training row of their class",
         ge=0,
     )
     novelty: Literal["l2", "cosine"] = key("l2", "novelty_weight: how near is measured")

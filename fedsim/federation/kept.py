@@ -78,7 +78,7 @@ class KeptByClients:
         return blocks
 
     def add(self, update: BlockUpdate) -> None:
-        """Take a block's variates and generators; they count from the next commit on. Lost clients keep what they had."""
+        """Take a block's variates and generators; they count from the next commit on. Lost clients keep theirs."""
         if self.own is not None and update.kept is not None:
             self.own.put(update.metrics.client, update.kept)
         if self.generators is not None and update.generators is not None:

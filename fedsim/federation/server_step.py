@@ -19,9 +19,11 @@ from fedsim.algorithms.distillation import Distillation, Distilled, Teachers, di
 from fedsim.algorithms.generation import (
     LOST_IN_NOISE,
     NO_STATISTICS,
+    Synthetic,
     conditions,
     describe_epoch,
     draw_synthetic,
+    head_rows,
     merge_buffer,
     public_conditions,
 )
@@ -33,7 +35,7 @@ from fedsim.federation.oracle import recordings_as_statistics
 from fedsim.federation.parts import Parts, adapter_part
 from fedsim.federation.privacy import wants_noise
 from fedsim.federation.setup import Setup
-from fedsim.models.generators import Evidence, FitReport, Generator, GeneratorSpec, make_generator
+from fedsim.models.generators import Evidence, FitReport, Generator, GeneratorSpec, Multimodal, make_generator
 from fedsim.models.generators.granular import class_groups
 from fedsim.models.generators.residual_vae import ResidualVae
 from fedsim.seeding import rng
@@ -129,7 +131,8 @@ class ServerStep:
         if self._generator is not None:
             with clock("generate"):
                 source = recordings_as_statistics(self._setup, self._parts, averaged) if self._oracle else known
-                report = self._fit(self._generator, source, condition, learnt, clock.round_number)
+                evidence = self._evidence(stats, source, condition, learnt)
+                report = self._fit(self._generator, evidence, learnt, clock.round_number)
             metrics |= {"server/generator_loss": report.mean_loss}
             metrics |= {f"server/generator_{name}": value for name, value in report.metrics.items()}
         if kd:
@@ -157,19 +160,17 @@ class ServerStep:
             log.info("round %d: %d rows of class statistics stand for those of all clients", round_number, len(bounded))
         return bounded
 
-    def _fit(
-        self,
-        generator: Generator,
-        known: ClassStats,
-        condition: Tensor,
-        learnt: Learnt,
-        round_number: int,
-    ) -> FitReport:
+    def _evidence(self, stats: ClassStats, known: ClassStats, condition: Tensor, learnt: Learnt) -> Evidence:
+        """What the generator is fitted on; adapter outputs for the kind that uses them."""
+        heads = head_rows(self._parts.objective, stats, known) if isinstance(self._generator, Multimodal) else {}
+        return Evidence(known, condition, learnt.pooled and learnt.pooled.to(self._parts.device), heads)
+
+    def _fit(self, generator: Generator, known: Evidence, learnt: Learnt, round_number: int) -> FitReport:
         settings = self._config.feda2v
         if isinstance(generator, ResidualVae):
             generator.take(learnt.network, learnt.deviation)
         report = generator.fit(
-            Evidence(known, condition, learnt.pooled and learnt.pooled.to(self._parts.device)),
+            known,
             epochs=generator_epochs(self._config),
             stream=rng(self._config.experiment.seed, "generator", round_number),
         )
@@ -191,12 +192,12 @@ class ServerStep:
         assert self._generator is not None  # `check_config` asks for one
         settings, adapter = self._config.feda2v, self._parts.adapter
         stream = rng(self._config.experiment.seed, "distil", round_number)
-        labels, rows = _draw(self._generator, stats, condition, settings.kd_samples_per_class, stream)
+        made = _draw(self._generator, stats, condition, settings.kd_samples_per_class, stream)
         distilled = distil(
             adapter,
             adapter_part(averaged),
-            rows,
-            teacher_outputs(adapter, teachers, stats, labels, rows),
+            made.embeddings,
+            teacher_outputs(adapter, teachers, stats, made.labels, made.embeddings),
             objective=self._parts.objective,
             how=Distillation(settings.kd_epochs, settings.kd_learning_rate, settings.refine_batch_size),
             stream=stream,
@@ -257,12 +258,13 @@ class ServerStep:
         # After a resume without another round the clients' outputs are gone: the public targets stand in for them.
         condition = public_conditions(self._parts.objective) if self._condition is None else self._condition
         stream = rng(self._config.experiment.seed, purpose, round_number)
-        return _draw(self._generator, buffer.to(self._parts.device), condition, per_class, stream)
+        made = _draw(self._generator, buffer.to(self._parts.device), condition, per_class, stream)
+        return made.labels, made.embeddings
 
 
 def _draw(
     generator: Generator, known: ClassStats, condition: Tensor, per_class: int, stream: np.random.Generator
-) -> tuple[np.ndarray, Tensor]:
+) -> Synthetic:
     return draw_synthetic(generator, known, condition, per_class=per_class, stream=stream)
 
 

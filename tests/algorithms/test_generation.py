@@ -14,6 +14,7 @@ from fedsim.algorithms.generation import (
     conditions,
     describe_epoch,
     draw_synthetic,
+    head_rows,
     merge_buffer,
 )
 from fedsim.algorithms.objective import make_objective
@@ -125,15 +126,31 @@ def test_conditions_of_a_primary_head_with_tokens_are_their_mean():
     torch.testing.assert_close(condition, (targets["t5"] - targets["t5"].mean(0)).mean(1) / scale)
 
 
-@pytest.mark.parametrize("kind", ["replay", "vae"])
+def test_every_row_of_the_buffer_has_outputs_of_this_rounds_adapters():
+    setting = make_objective(targets_of())
+    fresh = class_stats([(0, 0, 6), (3, 0, 2), (5, 2, 2)], seed=3)
+    known = merge_buffer(class_stats([(7, 2, 4), (8, 1, 4)], seed=4), fresh, capacity=9)
+    rows = head_rows(setting, fresh, known)
+    assert {head: list(x.shape) for head, x in rows.items()} == {"clip": [5, 8], "t5": [5, 8]}
+    torch.testing.assert_close(rows["t5"][:3], fresh.output_mean["t5"].mean(1))  # a head with tokens by their mean
+    torch.testing.assert_close(rows["clip"][:3], fresh.output_mean["clip"])
+    torch.testing.assert_close(rows["clip"][3], fresh.output_mean["clip"][2])  # class 2, whose mean is one row
+    torch.testing.assert_close(rows["t5"][4], targets_of()["t5"][1].mean(0))  # class 1 has no client this round
+
+
+@pytest.mark.parametrize("kind", ["replay", "vae", "multimodal"])
 def test_synthetic_rows_are_as_many_as_asked_for_every_class_with_statistics(kind):
     generator = make_generator(kind, GeneratorSpec(seed=0, hidden_dim=8, latent_dim=2, rows_per_class=4))
     _, objective, _ = world()
     condition = conditions(objective, STATS, from_nodes=True)
-    generator.fit(Evidence(STATS, condition), epochs=1, stream=rng(0, "fit"))
-    labels, rows = draw_synthetic(generator, STATS, condition, per_class=3, stream=rng(0, "draw"))
+    evidence = Evidence(STATS, condition, heads=head_rows(objective, STATS, STATS))
+    generator.fit(evidence, epochs=1, stream=rng(0, "fit"))
+    labels, rows, shifts = draw_synthetic(generator, STATS, condition, per_class=3, stream=rng(0, "draw"))
     assert labels.tolist() == [0, 0, 0, 2, 2, 2]
     assert rows.shape == (6, S, D)
+    assert {head: list(x.shape) for head, x in shifts.items()} == (
+        {"clip": [6, 8], "t5": [6, 8]} if kind == "multimodal" else {}
+    )
     if kind == "replay":
         for label, row in zip(labels, rows, strict=True):
             assert any(torch.equal(row, mean) for mean in STATS.audio_mean[STATS.label == label])
@@ -148,7 +165,7 @@ def test_samples_stay_non_negative_where_the_encoder_is(positive):
     generator = make_generator("gaussian", GeneratorSpec(seed=0))
     condition = torch.eye(2)
     generator.fit(Evidence(stats, condition), epochs=1, stream=rng(0, "fit"))
-    _, rows = draw_synthetic(generator, stats, condition, per_class=9, stream=rng(0, "draw"))
+    _, rows, _ = draw_synthetic(generator, stats, condition, per_class=9, stream=rng(0, "draw"))
     assert bool((rows >= 0).all()) == positive
 
 

@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from clients import C, D, S, class_stats, world
+from clients import SHAPES, C, D, S, class_stats, world
 
-from fedsim.algorithms.generation import class_means
+from fedsim.algorithms.generation import Synthetic, class_means
 from fedsim.algorithms.refinement import (
     Refinement,
     real_rows,
@@ -34,12 +34,12 @@ def how(**changes) -> Refinement:
 class Source:
     """Synthetic rows from a stream, counting its epochs."""
 
-    def __init__(self, shift: float = 0.0) -> None:
-        self.shift, self.calls = shift, 0
+    def __init__(self, shift: float = 0.0, moved=None) -> None:
+        self.shift, self.calls, self.moved = shift, 0, moved or {}
 
     def __call__(self, stream):
         self.calls += 1
-        return LABELS, self.shift + normal(stream, len(LABELS), S, D)
+        return Synthetic(LABELS, self.shift + normal(stream, len(LABELS), S, D), self.moved)
 
 
 def refined(synthetic=None, *, seed=0, key=0, contrastive_weight=0.0, **changes):
@@ -75,7 +75,7 @@ def test_the_gradient_of_every_head_changes_with_the_synthetic_rows():
     targets, real = refinement_targets(objective, STATS, 0.5), real_rows(STATS, 0.5)
 
     def gradient(shift: float):
-        rows = with_synthetic(real, *Source(shift)(rng(0, "x")), 0.5)
+        rows = with_synthetic(real, Source(shift)(rng(0, "x")), 0.5)
         loss = weighted_loss(adapter, params, rows, objective, targets)
         return dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
 
@@ -127,6 +127,24 @@ def test_the_averaged_adapter_is_not_written_to():
     assert all(torch.equal(averaged[name], before[name]) for name in before)
 
 
+def test_outputs_of_synthetic_rows_move_their_targets():
+    adapter, objective, _ = world()
+    moved = {head: normal(rng(0, head), len(LABELS), shape[-1]) for head, shape in SHAPES.items()}
+    params, targets = stack(adapter.init(0)), refinement_targets(objective, STATS, 0.25)
+    real, made = real_rows(STATS, 0.5), Source(moved=moved)(rng(0, "x"))
+    rows = with_synthetic(real, made, 0.5, own_outputs=0.75)
+    by_hand = weighted_loss(adapter, params, real, objective, targets)
+    for head, out in adapter.forward(params, made.embeddings.unsqueeze(0)).items():
+        shift = moved[head] if len(SHAPES[head]) == 1 else moved[head].unsqueeze(1)  # alike for all tokens
+        error = (out[0] - targets[head][LABELS] - 0.75 * shift).square().flatten(1).mean(1)
+        by_hand = by_hand + 0.5 * (error / objective.targets[head].var(0, unbiased=False).mean()).mean()
+    torch.testing.assert_close(weighted_loss(adapter, params, rows, objective, targets), by_hand)
+    # They reach every head, and none where clients' outputs don't count.
+    assert changed(refined(Source(moved=moved)).adapter, refined(Source()).adapter) == {"clip", "t5"}
+    none = (refined(source, text_anchor=1.0).adapter for source in (Source(moved=moved), Source()))
+    assert changed(*none) == set()
+
+
 def test_refinement_is_a_function_of_its_streams():
     one, same, other = refined(Source()), refined(Source()), refined(Source(), key=1)
     assert changed(one.adapter, same.adapter) == set()
@@ -143,7 +161,7 @@ def test_classes_have_equal_weight_and_clients_count_within_them(weight):
         assert rows.weights[rows.labels == label].sum().item() == pytest.approx((1 - weight) / C)
     assert rows.weights[0].item() == pytest.approx((1 - weight) * 6 / 8 / C)
     labels = np.array([0, 0, 1, 2, 3])
-    both = with_synthetic(rows, labels, torch.zeros(5, S, D), weight)
+    both = with_synthetic(rows, Synthetic(labels, torch.zeros(5, S, D)), weight)
     assert len(both.labels) == len(both.embeddings) == len(STATS) + 5
     assert both.weights.sum().item() == pytest.approx(1.0)
     assert both.weights[len(STATS) :].tolist() == pytest.approx([weight / 5] * 5)

@@ -107,6 +107,17 @@ def test_a_server_actor_with_two_client_actors_gives_the_same_bits_and_shows_wha
 
 
 @pytest.mark.slow
+def test_a_generator_of_outputs_and_an_aging_buffer_give_the_bits_of_this_process(cluster, setup):
+    options = ("feda2v.generator_type=multimodal", "feda2v.generator_growth=0.5", "feda2v.generator_buffer_age=1")
+    one = reconfigured(setup, *SERVER_STEP, *options, "federation.cohort_size=4")
+    here, results = run(one)
+    with ray_pool(one, 2) as pool:
+        there, again = run(one, pool=pool)
+    assert digest(there.state.adapter) == digest(here.state.adapter)
+    assert numbers(again) == numbers(results)
+
+
+@pytest.mark.slow
 def test_clients_that_keep_their_tensors_get_them_back_over_the_wire(cluster, setup):
     apart = reconfigured(setup, "feda2v.adapter_aggregation_mode=none", "federation.cohort_size=4")
     here, results = run(apart)

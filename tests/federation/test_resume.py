@@ -40,6 +40,7 @@ VARIANTS = {
     "cgan": (*SERVER_STEP, "feda2v.generator_type=cgan"),
     "vae averaged and novel": (*SERVER_STEP, "feda2v.generator_ema=0.9", "feda2v.novelty_weight=0.1"),
     "vae_plain per class": (*SERVER_STEP, "feda2v.generator_type=vae_plain", "feda2v.generator_granularity=per_class"),
+    "multimodal": (*SERVER_STEP, "feda2v.generator_type=multimodal", "federation.cohort_size=3"),
     "vae growing": (*SERVER_STEP, "feda2v.generator_growth=1.0"),
     "lowrank": (*SERVER_STEP, "feda2v.generator_type=lowrank"),
     "residual vae": (*SERVER_STEP, "feda2v.generator_type=residual_vae", "feda2v.generator_latent_dim=4"),

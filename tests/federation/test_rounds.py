@@ -306,7 +306,7 @@ def test_none_with_a_server_step_trains_the_global_adapter_alone(setup):
     assert kept_of(server) == kept_of(plain)
 
 
-@pytest.mark.parametrize("kind", ["replay", "gaussian", "cof", "vae", "vae_plain", "gan", "cgan"])
+@pytest.mark.parametrize("kind", ["replay", "gaussian", "cof", "vae", "vae_plain", "multimodal", "gan", "cgan"])
 def test_every_generator_reaches_the_adapters(setup, kind):
     with_it, without = (
         run(reconfigured(setup, *SERVER_STEP, f"feda2v.generator_type={kind}", f"feda2v.use_generator={use}"), 1)

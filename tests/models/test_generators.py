@@ -21,9 +21,10 @@ from fedsim.seeding import normal, rng
 from fedsim.types import ClassStats, PooledCovariance
 
 C, S, D, V = 3, 2, 4, 5
-LEARNT = ("vae", "vae_plain", "gan", "cgan")
+LEARNT = ("vae", "vae_plain", "multimodal", "flow", "gan", "cgan")
 MODES = {
     "vae_plain per class": ("vae_plain", {"groups": ((0,), (1,), (2,))}),
+    "flow per class": ("flow", {"groups": ((0,), (1,), (2,))}),
     "vae per group": ("vae", {"groups": ((0, 2), (1,))}),
     "vae growing": ("vae", {"growth": 0.5}),
     "cgan per class": ("cgan", {"groups": ((0,), (1,), (2,))}),
@@ -61,6 +62,12 @@ def federation(num_clients: int = 12, *, seed: int = 0, share_variances: bool = 
 POOLED = PooledCovariance(0.3 * torch.randn(S * D, 2), VARIANCES.mean(0).flatten() - 0.1, 300.0)
 
 
+def evidence(stats: ClassStats, condition=CONDITION, pooled: PooledCovariance | None = None) -> Evidence:
+    """With outputs of two heads that go with the audio embeddings, as kinds that use them ask for."""
+    x = stats.audio_mean.flatten(1)
+    return Evidence(stats, condition, pooled, {"clip": 3 * x[:, :5] + 1, "t5": x - x.flip(1)})
+
+
 def make(case: str, spec: GeneratorSpec = SPEC):
     kind, options = MODES.get(case, (case, {}))
     return make_generator(kind, replace(spec, **options))
@@ -70,7 +77,7 @@ def fitted(kind: str, *, epochs: int = 40, spec: GeneratorSpec = SPEC, stats: Cl
     generator = make(kind, spec)
     if kind == "residual_vae":  # clients train it: as it starts
         generator.take(init(POOLED, hidden_dim=16, latent_dim=3, seed=0), POOLED.variance.sqrt())
-    generator.fit(Evidence(stats or federation(), CONDITION, POOLED), epochs=epochs, stream=rng(0, "test"))
+    generator.fit(evidence(stats or federation(), CONDITION, POOLED), epochs=epochs, stream=rng(0, "test"))
     return generator
 
 
@@ -89,6 +96,28 @@ def test_samples_have_the_shape_asked_for(trained, kind, n, conditions):
     assert x.dtype == torch.float32
     assert torch.isfinite(x).all()
     assert not x.requires_grad
+
+
+@pytest.mark.parametrize("kind", [case for case in CASES if case != "replay"])
+def test_samples_are_distinct(trained, kind):
+    x = trained[kind].sample(CONDITION[:1], 50, stream=rng(0, "x"))
+    assert len(torch.unique(x.flatten(1), dim=0)) == 50
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_one_class_with_one_row_is_enough(kind):
+    stats = ClassStats(np.array([4]), np.array([1]), np.array([3]), MEANS[1:2], VARIANCES[1:2], {})
+    x = fitted(kind, epochs=2, stats=stats).sample(CONDITION[1:2], 4, stream=rng(0, "x"))
+    assert x.shape == (4, S, D)
+    assert torch.isfinite(x).all()
+
+
+@pytest.mark.parametrize("kind", [*LEARNT, *MODES])
+def test_means_that_are_not_finite_are_refused(kind):
+    stats = federation(3)
+    stats.audio_mean[0, 0, 0] = math.nan
+    with pytest.raises(ModelError, match="the loss is nan"):
+        fitted(kind, epochs=1, stats=stats)
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -124,7 +153,9 @@ def test_every_kind_recovers_the_class_means_of_a_known_mixture(trained, kind):
         assert error.square().mean().sqrt() < {"vae": 0.4, "gan": 1.0}.get(kind, 0.2)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "cof", "vae", "vae_plain", "vae_plain per class", "cgan"])
+@pytest.mark.parametrize(
+    "kind", ["gaussian", "cof", "vae", "vae_plain", "vae_plain per class", "multimodal", "flow", "cgan"]
+)
 def test_kinds_with_a_spread_recover_that_of_a_known_mixture(trained, kind):
     for label in range(C):
         x = trained[kind].sample(CONDITION[label : label + 1], 2000, stream=rng(0, "spread", label))
@@ -149,6 +180,8 @@ def correlated(label: int) -> tuple[torch.Tensor, torch.Tensor]:
         ("gaussian", None, 0.1),
         pytest.param("vae", 0.15, 0.1, marks=pytest.mark.slow),
         pytest.param("vae_plain", 0.15, 0.1, marks=pytest.mark.slow),
+        pytest.param("multimodal", 0.2, 0.1, marks=pytest.mark.slow),
+        pytest.param("flow", 0.15, 0.1, marks=pytest.mark.slow),
         pytest.param("vae growing", 0.15, 0.1, marks=pytest.mark.slow),
         # A third of the steps for each of three networks: 0.28.
         pytest.param("vae_plain per class", 0.35, 0.1, marks=pytest.mark.slow),
@@ -178,7 +211,7 @@ def test_the_covariance_of_a_correlated_mixture_is_recovered(kind, worst, away):
     )
     generator = make(kind, spec)
     pooled = PooledCovariance(factor, left, float(freedom))
-    generator.fit(Evidence(stats, CONDITION, pooled), epochs=300, stream=rng(0, "test"))
+    generator.fit(evidence(stats, CONDITION, pooled), epochs=300, stream=rng(0, "test"))
     for label in range(C):
         x = generator.sample(CONDITION[label : label + 1], 20_000, stream=rng(0, "x", label)).flatten(1)
         mean, covariance = correlated(label)
@@ -211,7 +244,7 @@ def test_cof_is_unbiased_over_simulated_federations():
     for seed in range(300):
         generator = make_generator("cof", SPEC)
         generator.fit(
-            Evidence(federation(5, seed=seed, share_variances=False), CONDITION), epochs=1, stream=rng(0, "x")
+            evidence(federation(5, seed=seed, share_variances=False), CONDITION), epochs=1, stream=rng(0, "x")
         )
         estimates.append(generator.state()["audio_var"])
     # Classes are shrunk towards each other, so it is their mean that has no bias: standard error about 1.5 %.
@@ -221,7 +254,7 @@ def test_cof_is_unbiased_over_simulated_federations():
 
 def test_cof_tells_classes_apart_when_there_are_many_clients():
     generator = make_generator("cof", SPEC)
-    report = generator.fit(Evidence(federation(3000, share_variances=False), CONDITION), epochs=1, stream=rng(0, "x"))
+    report = generator.fit(evidence(federation(3000, share_variances=False), CONDITION), epochs=1, stream=rng(0, "x"))
     torch.testing.assert_close(generator.state()["audio_var"], VARIANCES, atol=0, rtol=0.15)
     assert report.metrics == {"degrees_of_freedom": 3 * 2999}
 
@@ -229,7 +262,7 @@ def test_cof_tells_classes_apart_when_there_are_many_clients():
 def test_cof_by_hand():
     stats = ClassStats(np.array([0, 1]), np.array([0, 0]), np.array([2, 6]), torch.tensor([[[1.0]], [[5.0]]]), None, {})
     generator = make_generator("cof", SPEC)
-    generator.fit(Evidence(stats, CONDITION[:1]), epochs=1, stream=rng(0, "x"))
+    generator.fit(evidence(stats, CONDITION[:1]), epochs=1, stream=rng(0, "x"))
     # mean (2 * 1 + 6 * 5) / 8 = 4; spread 2 * 9 + 6 * 1 = 24 with one degree of freedom, alone its own pool
     assert generator.state()["audio_mean"].item() == 4.0
     assert generator.state()["audio_var"].item() == 24.0
@@ -259,7 +292,7 @@ def test_a_resumed_generator_goes_on_to_the_bit(kind, share_variances):
     # Copies, as a file gives them back: nothing may hang on shared memory.
     second.load({name: tensor.clone() for name, tensor in first.state().items()})
     later = federation(seed=1, share_variances=share_variances)
-    reports = [g.fit(Evidence(later, CONDITION, POOLED), epochs=2, stream=rng(1, "test")) for g in (first, second)]
+    reports = [g.fit(evidence(later, CONDITION, POOLED), epochs=2, stream=rng(1, "test")) for g in (first, second)]
     assert reports[0] == reports[1]
     one, other = first.state(), second.state()
     assert one.keys() == other.keys()
@@ -273,7 +306,7 @@ def test_a_state_is_a_snapshot(kind):
     generator = fitted(kind, epochs=1)
     taken = generator.state()
     kept = {name: tensor.clone() for name, tensor in taken.items()}
-    generator.fit(Evidence(federation(seed=5), CONDITION), epochs=2, stream=rng(9, "test"))
+    generator.fit(evidence(federation(seed=5), CONDITION), epochs=2, stream=rng(9, "test"))
     assert all(torch.equal(taken[name], kept[name]) for name in kept)
 
 
@@ -283,7 +316,7 @@ def test_a_loaded_state_is_not_written_to(kind):
     kept = {name: tensor.clone() for name, tensor in state.items()}
     generator = make(kind)
     generator.load(state)
-    generator.fit(Evidence(federation(seed=5), CONDITION), epochs=2, stream=rng(9, "test"))
+    generator.fit(evidence(federation(seed=5), CONDITION), epochs=2, stream=rng(9, "test"))
     assert all(torch.equal(state[name], kept[name]) for name in kept)
 
 
@@ -319,11 +352,19 @@ def test_conditions_of_another_width_or_number_are_refused(trained, kind):
 def test_a_fit_of_another_shape_is_refused(kind):
     generator = fitted(kind, epochs=1)
     with pytest.raises(ModelError, match=r"incompatible dimensions: .*\(2, 4, 5\), got \(2, 4, 6\)"):
-        generator.fit(Evidence(federation(), torch.zeros(C, V + 1)), epochs=1, stream=rng(0, "x"))
+        generator.fit(evidence(federation(), torch.zeros(C, V + 1)), epochs=1, stream=rng(0, "x"))
 
 
 @pytest.mark.parametrize(
-    ("kind", "what"), [("vae", "VAE training"), ("vae_plain", "VAE training"), ("gan", "GAN "), ("cgan", "CGAN ")]
+    ("kind", "what"),
+    [
+        ("vae", "VAE training"),
+        ("vae_plain", "VAE training"),
+        ("multimodal", "VAE "),
+        ("flow", "flow "),
+        ("gan", "GAN "),
+        ("cgan", "CGAN "),
+    ],
 )
 def test_a_diverging_fit_is_stopped(kind, what):
     with pytest.raises(ModelError, match=rf"^{what}.*the loss is (nan|inf).*feda2v\.generator_learning_rate"):
@@ -333,18 +374,18 @@ def test_a_diverging_fit_is_stopped(kind, what):
 def test_unknown_kinds_are_refused():
     with pytest.raises(
         ModelError,
-        match=r"unknown generator 'vea'; known: replay, .*, residual_vae, vae, vae_plain, gan, cgan",
+        match=r"unknown generator 'vea'; known: replay, .*, residual_vae, vae, vae_plain, multimodal, flow, gan, cgan",
     ):
         make_generator("vea", SPEC)
 
 
 @pytest.mark.parametrize("kind", [*LEARNT, *MODES])
 def test_a_report_holds_every_class_of_every_epoch(kind):
-    report = make(kind).fit(Evidence(federation(), CONDITION), epochs=3, stream=rng(0, "x"))
+    report = make(kind).fit(evidence(federation(), CONDITION), epochs=3, stream=rng(0, "x"))
     assert [sorted(epoch) for epoch in report.epochs] == [[0, 1, 2]] * 3
     for parts in report.epochs[-1].values():
         assert all(map(math.isfinite, parts.values()))
-        if "vae" in kind:
+        if "vae" in kind or kind == "multimodal":
             assert parts["loss"] == pytest.approx(parts["recon"] + parts["kl"] + parts["sim"])
     assert report.mean_loss == pytest.approx(np.mean([parts["loss"] for parts in report.epochs[-1].values()]))
 
@@ -377,7 +418,7 @@ def test_beta_is_one_from_the_end_of_the_warm_up_on_over_several_fits(total, sha
     vae = make()
     for epoch in range(total):
         betas.append(vae.beta)
-        vae.fit(Evidence(stats, CONDITION), epochs=1, stream=rng(0, "fit", epoch))
+        vae.fit(evidence(stats, CONDITION), epochs=1, stream=rng(0, "fit", epoch))
         if epoch % 2:  # a resume in between
             state, vae = vae.state(), make()
             vae.load(state)
@@ -395,7 +436,7 @@ def test_a_growing_latent_enters_without_a_jump_and_reaches_its_width(novelty):
     x, v = torch.randn(200, S * D, generator=torch.Generator().manual_seed(0)), CONDITION[torch.arange(200) % C]
     for epoch in range(total):
         units.append(vae.units)
-        report = vae.fit(Evidence(stats, CONDITION), epochs=1, stream=rng(0, "fit", epoch))
+        report = vae.fit(evidence(stats, CONDITION), epochs=1, stream=rng(0, "fit", epoch))
         assert report.metrics["latent_units"] == vae.units
         if vae.units > units[-1]:  # the coming epoch has another unit
             after = vae._loss_parts(x, x, v, rng(0, "z"))
@@ -437,7 +478,7 @@ def test_losses_of_a_batch_by_hand(calibrated):
     scaling = "calibrated" if calibrated else "legacy"
     spec = GeneratorSpec(0, 8, 3, learning_rate=1e-2, rows_per_class=8, total_epochs=8, loss_scaling=scaling)
     vae = Vae(spec)
-    vae.fit(Evidence(federation(), CONDITION), epochs=2, stream=rng(0, "fit"))
+    vae.fit(evidence(federation(), CONDITION), epochs=2, stream=rng(0, "fit"))
     beta = 3 / 4  # two of the eight epochs are done, the warm-up takes four
     x = torch.randn(4, S * D, generator=torch.Generator().manual_seed(0))
     noisy, v = x + 0.1, CONDITION[[0, 1, 2, 2]]
@@ -461,7 +502,7 @@ def test_losses_of_a_batch_by_hand(calibrated):
 
 def test_the_calibrated_gradient_is_that_of_the_log_of_the_mean_squared_error():
     vae = Vae(GeneratorSpec(0, hidden_dim=8, latent_dim=3, rows_per_class=8))
-    vae.fit(Evidence(federation(), CONDITION), epochs=1, stream=rng(0, "fit"))
+    vae.fit(evidence(federation(), CONDITION), epochs=1, stream=rng(0, "fit"))
     x, v = torch.randn(6, S * D, generator=torch.Generator().manual_seed(0)), CONDITION[[0, 1, 2, 0, 1, 2]]
     weights = list(vae._network.parameters())
     ours = torch.autograd.grad(vae._loss_parts(x, x, v, rng(0, "z"))["recon"].mean(), weights)
@@ -477,14 +518,14 @@ def test_a_collapsed_vae_is_reported(caplog):
     # One class and one row: there is nothing for a latent to tell.
     stats = ClassStats(np.array([0]), np.array([0]), np.array([5]), MEANS[:1], None, {})
     with caplog.at_level(logging.WARNING):
-        report = make_generator("vae", SPEC).fit(Evidence(stats, CONDITION[:1]), epochs=2, stream=rng(0, "x"))
+        report = make_generator("vae", SPEC).fit(evidence(stats, CONDITION[:1]), epochs=2, stream=rng(0, "x"))
     assert report.metrics["active_units"] == 0
     assert "the VAE has collapsed: no latent unit is active" in caplog.text
 
 
 def test_a_vae_that_learns_is_not_reported_as_collapsed(caplog):
     with caplog.at_level(logging.WARNING):
-        report = make_generator("vae", SPEC).fit(Evidence(federation(), CONDITION), epochs=20, stream=rng(0, "x"))
+        report = make_generator("vae", SPEC).fit(evidence(federation(), CONDITION), epochs=20, stream=rng(0, "x"))
     assert report.metrics["active_units"] >= 1
     assert not caplog.records
 
@@ -521,12 +562,12 @@ def test_constant_coordinates_stay_finite():
     assert (deviation[0, 1:] > 0.001).all()
     for kind in LEARNT:
         generator = make_generator(kind, SPEC)
-        generator.fit(Evidence(stats, CONDITION[:2]), epochs=2, stream=rng(0, "x"))
+        generator.fit(evidence(stats, CONDITION[:2]), epochs=2, stream=rng(0, "x"))
         x = generator.sample(CONDITION[:2], 2, stream=rng(0, "x"))
         assert torch.isfinite(x).all()
 
 
-@pytest.mark.parametrize("kind", LEARNT)
+@pytest.mark.parametrize("kind", ["vae", "vae_plain", "flow", "gan", "cgan"])
 def test_a_groups_network_learns_the_same_whichever_other_classes_there_are(kind):
     spec = replace(SPEC, groups=((0, 2), (1,)))
     stats = federation()

@@ -16,8 +16,10 @@ from dataclasses import replace
 from fedsim.errors import ModelError
 from fedsim.models.generators.centred import Centred
 from fedsim.models.generators.cgan import Cgan
+from fedsim.models.generators.flow import Flow
 from fedsim.models.generators.gan import Gan
 from fedsim.models.generators.granular import Granular
+from fedsim.models.generators.multimodal import Multimodal
 from fedsim.models.generators.protocol import Evidence, Generator, GeneratorSpec
 from fedsim.models.generators.report import FitReport
 from fedsim.models.generators.residual_vae import ResidualVae
@@ -32,12 +34,13 @@ __all__ = [
     "FitReport",
     "Generator",
     "GeneratorSpec",
+    "Multimodal",
     "make_generator",
     "uses_covariance",
 ]
 
 
-LEARNT = ("vae", "vae_plain", "gan", "cgan")
+LEARNT = ("vae", "vae_plain", "multimodal", "flow", "gan", "cgan")
 """Kinds with networks that the server trains, on `generator_rows`."""
 
 KINDS: dict[str, Callable[[GeneratorSpec], Generator]] = {
@@ -50,6 +53,8 @@ KINDS: dict[str, Callable[[GeneratorSpec], Generator]] = {
     "residual_vae": lambda spec: ResidualVae(),
     "vae": Vae,
     "vae_plain": lambda spec: Centred(Vae(spec)),
+    "multimodal": Multimodal,
+    "flow": lambda spec: Centred(Flow(spec)),
     "gan": Gan,
     "cgan": Cgan,
 }

@@ -38,7 +38,7 @@ class Centred:
 
     def __init__(self, inner: Generator) -> None:
         self._inner, self._table = inner, ConditionTable()
-        self._centres = torch.empty(0)
+        self._centres, self._drift = torch.empty(0), torch.empty(0)
 
     def fit(self, known: Evidence, *, epochs: int, stream: np.random.Generator) -> FitReport:
         """Keep the class means, fit the inner generator around them, and take its own mean off.
@@ -52,7 +52,8 @@ class Centred:
         labels = torch.from_numpy(stats.label).to(centres.device)
         around = replace(stats, audio_mean=stats.audio_mean - centres[labels])
         report = self._inner.fit(replace(known, stats=around, condition=nothing), epochs=epochs, stream=stream)
-        self._centres = centres - self._inner.sample(nothing[:1], DRAWS, stream=stream).mean(0)
+        self._centres = centres
+        self._drift = self._inner.sample(nothing[:1], DRAWS, stream=stream).mean(0)
         return report
 
     def sample(self, condition: Tensor, n: int, *, stream: np.random.Generator) -> Tensor:
@@ -61,20 +62,25 @@ class Centred:
         Raises:
             ModelError: before the first fit, or a condition of another width.
         """
+        means, around = self.sample_parts(condition, n, stream=stream)
+        return means + around
+
+    def sample_parts(self, condition: Tensor, n: int, *, stream: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Class means [n, S, D] and what is added to them [n, S, D]; see `sample`."""
         labels = torch.from_numpy(self._table.lookup(condition, n)).to(condition.device)
-        return self._centres[labels] + self._inner.sample(condition[:1, :0], n, stream=stream)
+        return self._centres[labels], self._inner.sample(condition[:1, :0], n, stream=stream) - self._drift
 
     def state(self) -> dict[str, Tensor]:
         """Class means and the inner generator's tensors; empty before the first fit."""
         if not len(self._centres):
             return {}
         inner = {f"inner.{name}": tensor for name, tensor in self._inner.state().items()}
-        return {**self._table.state(), "centres": self._centres, **inner}
+        return {**self._table.state(), "centres": self._centres, "drift": self._drift, **inner}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take a state from `state()`."""
         if not state:
             return
         self._table.load(state)
-        self._centres = state["centres"]
+        self._centres, self._drift = state["centres"], state["drift"]
         self._inner.load(part(state, "inner"))

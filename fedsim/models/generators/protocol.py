@@ -6,7 +6,7 @@ Legend: M rows of class statistics, C classes, V condition width, n rows, S segm
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -66,15 +66,17 @@ class Evidence:
         stats: rows with means [M, S, D] and optional variances.
         condition: every class's prompt embedding [C, V].
         pooled: the within-class covariance, where it was measured.
+        heads: by head, the mean adapter output of every row [M, F], over tokens; only for kinds that use it.
     """
 
     stats: ClassStats
     condition: Tensor
     pooled: PooledCovariance | None = None
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
 
     def take(self, rows: np.ndarray) -> Evidence:
         """The same with some rows of the statistics only."""
-        return replace(self, stats=self.stats.take(rows))
+        return replace(self, stats=self.stats.take(rows), heads={name: head[rows] for name, head in self.heads.items()})
 
 
 class Generator(Protocol):

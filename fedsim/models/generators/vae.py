@@ -67,10 +67,11 @@ class Vae:
 
     Args:
         spec: settings.
+        blocks: widths of the parts of a row [S * D] that count alike in the squared error; None: it is all one.
     """
 
-    def __init__(self, spec: GeneratorSpec) -> None:
-        self._spec = spec
+    def __init__(self, spec: GeneratorSpec, *, blocks: tuple[int, ...] | None = None) -> None:
+        self._spec, self._blocks = spec, blocks
         self._warmup_epochs = max(1, math.ceil(spec.beta_warmup * spec.total_epochs))
         self._calibrated = spec.loss_scaling == "calibrated"
         self._growth_epochs = max(1, math.ceil((spec.growth or 0.0) * spec.total_epochs))
@@ -171,7 +172,9 @@ class Vae:
         mu, log_variance = self._encode(noisy, v)
         z = self._in_use(mu + (0.5 * log_variance).exp() * normal(stream, *mu.shape).to(x.device))
         decoded = self._network["decoder"](torch.cat([z, v], 1))
-        squared = (decoded - x).square().mean(1)
+        squared = (decoded - x).square()
+        parts = squared.split(list(self._blocks), 1) if self._blocks else (squared,)
+        squared = torch.stack([part.mean(1) for part in parts]).mean(0)
         kl = 0.5 * self._in_use(mu.square() + log_variance.exp() - 1 - log_variance).sum(1)
         segments = self._standard.mean.shape[0]
         unlike = 1 - functional.cosine_similarity(
