@@ -97,6 +97,7 @@ def test_the_study_covers_every_pair_and_its_tables_read_as_they_should(study):
 def test_the_confirmation_has_partitions_of_its_own_and_its_methods_are_those_it_compares(study):
     explored, confirmed = study.PARTS["exploration"], study.PARTS["confirmation"]
     assert not set(explored.seeds) & set(confirmed.seeds)
+    assert set(confirmed.settings) <= set(importlib.import_module("runs").read_settings(SETTINGS))
     for part in study.PARTS.values():
         assert {method for pair in part.comparisons for method in pair} <= set(part.methods) <= set(study.METHODS)
 
