@@ -391,6 +391,8 @@ GENERATOR = {"use_generator": True, "global_model_train": True}
                 "feda2v": {"adapter_aggregation_mode": "avg", "global_model_train": True},
             },
             ["privacy.statistics is clients", "set statistics to sums"],
+        ),
+        (
             {"model": {"audio_encoder": {"trainable": "all"}}, "feda2v": {"client_generator": "own"}},
             ["client_generator is own", "trainable is 'all'"],
         ),
