@@ -420,6 +420,11 @@ class Privacy(Section):
         gt=0,
     )
 
+    @property
+    def adds_noise(self) -> bool:
+        """Whether noise goes on the cohort's sums."""
+        return self.noise_multiplier > 0 or self.target_epsilon is not None
+
 
 class Resources(Section):
     """Ray actors and what each may use."""

@@ -42,11 +42,6 @@ from fedsim.types import AdapterState, Broadcast, ClassStats, Learnt, flatten_st
 log = logging.getLogger(__name__)
 
 
-def wants_noise(config: Config) -> bool:
-    """Whether noise is added to sums."""
-    return config.privacy.noise_multiplier > 0 or config.privacy.target_epsilon is not None
-
-
 def sums_wanted(config: Config, parts: Parts) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the class sums that clients send; none where they send a row per class, or no statistics."""
     settings, privacy = config.feda2v, config.privacy
@@ -82,7 +77,7 @@ class Sending:
     """
 
     def __init__(self, config: Config, parts: Parts) -> None:
-        self._privacy, self._clips = config.privacy, wants_noise(config)
+        self._privacy, self._clips = config.privacy, config.privacy.adds_noise
         self._scales = public_scales(config, parts) if self._clips else {}
 
     @property
@@ -172,7 +167,7 @@ class Receiving:
         self._config, self._targets, self._num_clients = config, parts.objective.targets, num_clients
         self._cohort_size, self._secure = cohort_size, config.privacy.secure_sums
         self.wanted = sums_wanted(config, parts)
-        self._noise = self._make_noise(public_scales(config, parts)) if wants_noise(config) else None
+        self._noise = self._make_noise(public_scales(config, parts)) if config.privacy.adds_noise else None
 
     def _make_noise(self, scales: Mapping[str, float]) -> _Noise:
         require_accountant()

@@ -25,7 +25,6 @@ from fedsim.algorithms.client_generator import network_of
 from fedsim.algorithms.distillation import client_states
 from fedsim.algorithms.sampling import order_cohort
 from fedsim.algorithms.server_optimizer import make_server_optimizer
-from fedsim.errors import ConfigError, QuorumError
 from fedsim.federation.blocks import make_blocks
 from fedsim.federation.checkpoint import ServerState, save_checkpoint
 from fedsim.federation.client_guides import ClientGuides
@@ -39,6 +38,7 @@ from fedsim.federation.messages import Expected, check_update, shown, state_byte
 from fedsim.federation.parts import Parts, build_parts, initial_state
 from fedsim.federation.pool import ClientPool, LostBlock
 from fedsim.federation.privacy import Receiving
+from fedsim.federation.quorum import Quorum
 from fedsim.federation.saving_generators import save_generators
 from fedsim.federation.server_step import ServerStep
 from fedsim.federation.setup import Setup
@@ -94,7 +94,7 @@ class Server:
             adaptivity=settings.server_adaptivity,
         )
         self._guides = ClientGuides(self.config, self.aggregator, setup.partition, len(setup.class_names))
-        self._require_enough()
+        self._quorum = Quorum(self.config, self.aggregator, cohort_size=cohort)
         self._folder = run_dir or _temporary_folder(self)
         self._expected = Expected(
             adapter={name: tuple(tensor.shape) for name, tensor in self.state.adapter.items()},
@@ -235,28 +235,8 @@ class Server:
                 numbers.add(answer)
                 clock.clients(numbers.answered, total)
         self._receiving.require_everyone(len(lost), broadcast.round_number)
-        self._require_quorum(numbers.answered, total, broadcast.round_number)
+        self._quorum.require(numbers.answered, total, broadcast.round_number)
         return lost
-
-    def _require_quorum(self, answered: int, total: int, round_number: int) -> None:
-        # Less a hair: 0.55 * 100 is 55.00000000000001, and 55 of 100 are enough.
-        needed = max(1, int(np.ceil(self.config.federation.quorum * total - 1e-9)))
-        asking = "federation.quorum"
-        if needed < self.aggregator.min_clients:
-            needed, asking = self.aggregator.min_clients, self.config.feda2v.adapter_aggregation_mode
-        if answered < needed:
-            raise QuorumError(
-                f"round {round_number}: {answered} of {total} clients answered, {asking} asks for {needed}"
-            )
-
-    def _require_enough(self) -> None:
-        needed, size = self.aggregator.min_clients, self._cohort_size()
-        if size < needed:
-            mode = self.config.feda2v.adapter_aggregation_mode
-            raise ConfigError(
-                f"feda2v.adapter_aggregation_mode {mode} with feda2v.byzantine_clients "
-                f"{self.config.feda2v.byzantine_clients} needs at least {needed} clients in a cohort, it has {size}"
-            )
 
     def _bytes(self, cohort: np.ndarray, broadcast: Broadcast, numbers: Numbers) -> tuple[int, int]:
         """What the cohort's clients would send and receive; those that keep their own tensors receive them once."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -19,25 +19,16 @@ from fedsim.algorithms.distillation import Distillation, Distilled, Teachers, di
 from fedsim.algorithms.generation import (
     LOST_IN_NOISE,
     NO_STATISTICS,
-    Synthetic,
     conditions,
-    describe_epoch,
-    draw_synthetic,
-    head_rows,
     merge_buffer,
     public_conditions,
 )
 from fedsim.algorithms.refinement import Refined, Refinement, refine
 from fedsim.algorithms.row_sample import sample_rows, settle_counts
-from fedsim.config.schema import Config, FedA2V
 from fedsim.federation.clock import RoundClock
-from fedsim.federation.oracle import recordings_as_statistics
 from fedsim.federation.parts import Parts, adapter_part
-from fedsim.federation.privacy import wants_noise
+from fedsim.federation.server_generator import ServerGenerator
 from fedsim.federation.setup import Setup
-from fedsim.models.generators import Evidence, FitReport, Generator, GeneratorSpec, Multimodal, make_generator
-from fedsim.models.generators.granular import class_groups
-from fedsim.models.generators.residual_vae import ResidualVae
 from fedsim.seeding import rng
 from fedsim.types import AdapterState, ClassStats, Learnt
 
@@ -63,19 +54,17 @@ class ServerStep:
     """
 
     def __init__(self, setup: Setup, parts: Parts, generator_state: Mapping[str, Tensor]) -> None:
-        self._parts, self._config, self._class_names = parts, setup.config, setup.class_names
-        self._setup, self._oracle = setup, setup.config.feda2v.generator_type == "oracle"
-        self._generator = _make_generator(setup.config, setup.class_names)
+        self._parts, self._config = parts, setup.config
         self._condition: Tensor | None = None
-        if self._generator is not None:
-            self._generator.load({name: tensor.to(parts.device) for name, tensor in generator_state.items()})
-        elif setup.config.feda2v.global_model_train:
+        self._generator: ServerGenerator | None = None
+        settings = setup.config.feda2v
+        if settings.use_generator and settings.global_model_train:
+            self._generator = ServerGenerator(setup, parts, generator_state)
+        elif settings.global_model_train:
             log.warning(
                 "generator not initialised: feda2v.use_generator is false; "
                 "refinement uses the clients' class means alone"
             )
-        if self._oracle:
-            log.warning("generator 'oracle' draws the clients' recordings themselves: an upper bound, no federation")
 
     @property
     def has_generator(self) -> bool:
@@ -111,7 +100,7 @@ class ServerStep:
             return Stepped(averaged, buffer, {})
         if not len(fresh):
             message = NO_STATISTICS.format(min_count=self._config.privacy.min_count)
-            if wants_noise(self._config):
+            if self._config.privacy.adds_noise:
                 message = LOST_IN_NOISE
             log.warning("%s; round %d is not refined%s", message, clock.round_number, kd * " nor distilled")
             return Stepped(averaged, buffer, {})
@@ -130,9 +119,9 @@ class ServerStep:
         metrics: dict[str, float] = {}
         if self._generator is not None:
             with clock("generate"):
-                source = recordings_as_statistics(self._setup, self._parts, averaged) if self._oracle else known
-                evidence = self._evidence(stats, source, condition, learnt)
-                report = self._fit(self._generator, evidence, learnt, clock.round_number)
+                report = self._generator.fit(
+                    stats, known, condition, learnt, averaged=averaged, round_number=clock.round_number
+                )
             metrics |= {"server/generator_loss": report.mean_loss}
             metrics |= {f"server/generator_{name}": value for name, value in report.metrics.items()}
         if kd:
@@ -160,26 +149,6 @@ class ServerStep:
             log.info("round %d: %d rows of class statistics stand for those of all clients", round_number, len(bounded))
         return bounded
 
-    def _evidence(self, stats: ClassStats, known: ClassStats, condition: Tensor, learnt: Learnt) -> Evidence:
-        """What the generator is fitted on; adapter outputs for the kind that uses them."""
-        heads = head_rows(self._parts.objective, stats, known) if isinstance(self._generator, Multimodal) else {}
-        return Evidence(known, condition, learnt.pooled and learnt.pooled.to(self._parts.device), heads)
-
-    def _fit(self, generator: Generator, known: Evidence, learnt: Learnt, round_number: int) -> FitReport:
-        settings = self._config.feda2v
-        if isinstance(generator, ResidualVae):
-            generator.take(learnt.network, learnt.deviation)
-        report = generator.fit(
-            known,
-            epochs=generator_epochs(self._config),
-            stream=rng(self._config.experiment.seed, "generator", round_number),
-        )
-        for epoch in report.epochs:
-            for line in describe_epoch(settings.generator_type, self._class_names, epoch):
-                log.info(line)
-        log.info("Generator training completed. Average loss: %.4f", report.mean_loss)
-        return report
-
     def _distil(
         self,
         averaged: AdapterState,
@@ -192,7 +161,7 @@ class ServerStep:
         assert self._generator is not None  # `check_config` asks for one
         settings, adapter = self._config.feda2v, self._parts.adapter
         stream = rng(self._config.experiment.seed, "distil", round_number)
-        made = _draw(self._generator, stats, condition, settings.kd_samples_per_class, stream)
+        made = self._generator.draw(stats, condition, settings.kd_samples_per_class, stream)
         distilled = distil(
             adapter,
             adapter_part(averaged),
@@ -212,7 +181,7 @@ class ServerStep:
         synthetic = None
         if self._generator is not None:
             per_class = settings.synthetic_samples_per_class
-            synthetic = partial(_draw, self._generator, known, condition, per_class)
+            synthetic = partial(self._generator.draw, known, condition, per_class)
         refined = refine(
             self._parts.adapter,
             adapter_part(averaged),
@@ -258,51 +227,5 @@ class ServerStep:
         # After a resume without another round the clients' outputs are gone: the public targets stand in for them.
         condition = public_conditions(self._parts.objective) if self._condition is None else self._condition
         stream = rng(self._config.experiment.seed, purpose, round_number)
-        made = _draw(self._generator, buffer.to(self._parts.device), condition, per_class, stream)
+        made = self._generator.draw(buffer.to(self._parts.device), condition, per_class, stream)
         return made.labels, made.embeddings
-
-
-def _draw(
-    generator: Generator, known: ClassStats, condition: Tensor, per_class: int, stream: np.random.Generator
-) -> Synthetic:
-    return draw_synthetic(generator, known, condition, per_class=per_class, stream=stream)
-
-
-def generator_epochs(config: Config) -> int:
-    """Generator epochs of one round."""
-    return config.feda2v.generator_epochs or config.feda2v.global_model_train_epochs
-
-
-def _make_generator(config: Config, class_names: tuple[str, ...]) -> Generator | None:
-    settings = config.feda2v
-    if not (settings.use_generator and settings.global_model_train):
-        return None
-    spec = GeneratorSpec(
-        seed=config.experiment.seed,
-        hidden_dim=settings.generator_hidden_dim,
-        latent_dim=settings.generator_latent_dim,
-        batch_size=settings.generator_batch_size,
-        rows_per_class=settings.generator_rows_per_class,
-        total_epochs=generator_epochs(config) * config.federation.global_rounds,
-        beta_warmup=settings.beta_warmup,
-        loss_scaling=settings.loss_scaling,
-        rows=settings.generator_rows,
-        discriminator=settings.discriminator,
-        mode_seeking=settings.mode_seeking,
-        ema=settings.generator_ema,
-        novelty_weight=settings.novelty_weight,
-        novelty=settings.novelty,
-        growth=settings.generator_growth,
-        groups=_class_groups(settings, class_names),
-    )
-    default_rate = 1e-4 if settings.generator_type in ("gan", "cgan") else 0.1 * config.training.learning_rate
-    rate = settings.generator_learning_rate or default_rate
-    return make_generator(settings.generator_type, replace(spec, learning_rate=rate))
-
-
-def _class_groups(settings: FedA2V, class_names: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-    """Class numbers that share a network; none where all do."""
-    if settings.generator_granularity == "per_class":
-        return tuple((label,) for label in range(len(class_names)))
-    per_group = settings.generator_granularity == "per_group"
-    return class_groups(settings.generator_class_groups or {}, class_names) if per_group else ()

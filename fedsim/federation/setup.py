@@ -84,7 +84,7 @@ def prepare(config: Config, progress: Progress | None = None) -> Setup:
     Raises:
         FedsimError: whatever is wrong with the data, the encoders or their combination, in one line.
     """
-    if config.privacy.noise_multiplier or config.privacy.target_epsilon is not None:
+    if config.privacy.adds_noise:
         require_accountant()
     if config.data.generators is not None:
         return _prepare_generated(config)
