@@ -18,7 +18,7 @@ from fedsim.data import open_recordings
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ROOT / "experiments" / "generators" / "settings.yaml"
-FILES = sorted({*(ROOT / "experiments").rglob("*.yaml")} - {SETTINGS})
+FILES = sorted({*(ROOT / "experiments").rglob("*.yaml")} - {*SETTINGS.parent.glob("settings*.yaml")})
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
@@ -99,7 +99,9 @@ def test_the_confirmation_has_partitions_of_its_own_and_its_methods_are_those_it
     assert not set(explored.seeds) & set(confirmed.seeds)
     assert set(confirmed.settings) <= set(importlib.import_module("runs").read_settings(SETTINGS))
     for part in study.PARTS.values():
-        assert {method for pair in part.comparisons for method in pair} <= set(part.methods) <= set(study.METHODS)
+        known = {*study.METHODS, *study.PRIVATE}
+        assert {method for pair in part.comparisons for method in pair} <= set(part.methods) <= known
+        assert importlib.import_module("runs").read_settings(SETTINGS.parent / part.file)
 
 
 def test_a_setting_takes_recordings_and_classes_away(study, tmp_path, shared_data, monkeypatch):
@@ -172,5 +174,4 @@ def test_the_command_names_a_setting_that_is_not_there():
     command = [sys.executable, ROOT / "experiments" / "generators" / "study.py", "--settings", "log-mel"]
     done = subprocess.run(command, env={**os.environ, "FEDSIM_DATA": "data"}, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "no setting 'log-mel' in " in done.stderr
-    assert "there are: log-mel, one class per client; " in done.stderr
+    assert "no setting 'log-mel'; there are: log-mel, one class per client; " in done.stderr

@@ -59,6 +59,16 @@ METHODS: dict[str, tuple[str, ...]] = {
     "oracle": generator("oracle"),
     "lowrank, server only": (*generator("lowrank"), "federation.local_epochs=0"),
 }
+NO_TRAINING = (*generator("replay"), "federation.local_epochs=0")
+PRIVATE = {
+    "statistics alone": NO_TRAINING,
+    "statistics alone, epsilon 8": (
+        *NO_TRAINING,
+        "privacy.target_epsilon=8",
+        "privacy.clip_statistics=1.5",
+        "privacy.embedding_norm=3.39",
+    ),
+}
 COMPARISONS = (
     ("lowrank", "replay"),
     ("vae", "replay"),
@@ -85,8 +95,9 @@ CONFIRMED = (
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the study: its settings, partition seeds, rounds that are looked at, and its family of comparisons."""
+    """A part of the study: settings (None: all of the file), partition seeds, rounds, and the family of comparisons."""
 
+    file: str
     settings: tuple[str, ...] | None
     seeds: tuple[int, ...]
     rounds: tuple[int, ...]
@@ -95,13 +106,22 @@ class Part:
 
 
 PARTS = {
-    "exploration": Part(None, (1, 2, 3), ROUNDS, tuple(METHODS), COMPARISONS),
+    "exploration": Part("settings.yaml", None, (1, 2, 3), ROUNDS, tuple(METHODS), COMPARISONS),
     "confirmation": Part(
+        "settings.yaml",
         ("log-mel, one class per client", "log-mel in 4 segments with attention, one class per client"),
         (4, 5, 6, 8),  # hyper-parameters were chosen on 7
         ROUNDS[-1:],
         tuple(dict.fromkeys(sum(CONFIRMED, ()))),
         CONFIRMED,
+    ),
+    "privacy": Part(
+        "settings_private.yaml",
+        None,
+        (1, 2, 3),
+        ROUNDS[-1:],
+        tuple(PRIVATE),
+        (("statistics alone, epsilon 8", "statistics alone"),),
     ),
 }
 
@@ -121,24 +141,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", default="exploration", choices=list(PARTS))
     parser.add_argument("--settings", nargs="+", metavar="SETTING", help="of the file (default: the part's)")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", choices=list(METHODS), help="some of the part's")
-    parser.add_argument("--settings-file", type=Path, default=HERE / "settings.yaml")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="some of the part's")
+    parser.add_argument("--settings-file", type=Path, help="another one than the part's, for other data")
     parser.add_argument("--output", type=Path, default=Path("runs/generators"))
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--no-mlflow", action="store_true", help="don't record the runs in OUTPUT/mlflow.db")
     arguments = parser.parse_args()
     if "FEDSIM_DATA" not in os.environ:
         parser.error("set FEDSIM_DATA to the folder that holds esc10 and text_minilm")
-    known, part = read_settings(arguments.settings_file), PARTS[arguments.part]
-    chosen = arguments.settings or part.settings or list(known)
-    if unknown := [name for name in chosen if name not in known]:
-        parser.error(f"no setting {unknown[0]!r} in {arguments.settings_file}; there are: {'; '.join(known)}")
+    part = PARTS[arguments.part]
+    known = read_settings(arguments.settings_file or HERE / part.file)
+    chosen, methods = arguments.settings or part.settings or list(known), arguments.methods or part.methods
+    for what, asked, there in (("setting", chosen, known), ("method", methods, METHODS | PRIVATE)):
+        if unknown := [name for name in asked if name not in there]:
+            parser.error(f"no {what} {unknown[0]!r}; there are: {'; '.join(there)}")
     output, tracked = arguments.output, not arguments.no_mlflow
     output.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(arguments.processes, get_context("spawn"), initializer=only_errors) as pool:
         jobs = [
-            pool.submit(run_cell, cell, known[cell.setting], METHODS[cell.method], output, tracked=tracked)
-            for cell in cells(chosen, part, arguments.methods or part.methods)
+            pool.submit(run_cell, cell, known[cell.setting], (METHODS | PRIVATE)[cell.method], output, tracked=tracked)
+            for cell in cells(chosen, part, methods)
         ]
         results = Results([job.result() for job in track(jobs, description="runs")])
     for setting in chosen:
