@@ -42,12 +42,13 @@ def save_generators(
         held_out: embeddings [N, S, D] and labels [N].
     """
     config, learnt = setup.config, state.learnt
-    if not learnt.network or learnt.deviation is None:
+    untrained = store is not None and not len(state.generators)
+    if untrained or not learnt.network or learnt.deviation is None:
         log.warning("feda2v.save_generators: there is nothing to save, no client has trained a generator")
         return
     deviation = learnt.deviation.cpu().numpy()
     start, everyone = flatten_state(learnt.network).numpy(), np.arange(setup.partition.num_clients)
-    own, clients = (state.generators.ids, state.generators.ids) if store else (everyone[:0], everyone)
+    own, clients = (state.generators.ids, state.generators.ids) if store is not None else (everyone[:0], everyone)
     parts_of = [clients[first : first + AT_ONCE] for first in range(0, len(clients), AT_ONCE)]
     owner, label, count = _pairs(setup, parts_of)
     rows, labels = (tensor.cpu().numpy() for tensor in held_out)
