@@ -316,7 +316,34 @@ GENERATOR = {"use_generator": True, "global_model_train": True}
         ({"feda2v": {"generator_class_groups": [["a"], ["b", "a"]]}}, ["generator_class_groups names 'a' twice"]),
         ({"feda2v": {"generator_class_groups": {"x": []}}}, ["generator_class_groups has a group without a class"]),
         ({"feda2v": {"generator_growth": 0.5, "generator_type": "gan"}}, ["generator_growth is 0.5", "vae_plain"]),
-        ({"privacy": {"statistics": "sums"}, "training": {"prototype_weight": 1}}, ["prototype_weight isn't 0"]),
+        *(
+            ({"privacy": hidden, **wanted}, words)
+            for hidden in ({"statistics": "sums"}, {"secure_sums": True}, {"noise_multiplier": 1.0})
+            for wanted, words in (
+                ({"training": {"prototype_weight": 1}}, ["prototype_weight isn't 0"]),
+                ({"feda2v": {"generator_type": "oracle", **GENERATOR}}, ["generator_type is oracle"]),
+            )
+        ),
+        *(
+            (
+                {
+                    "privacy": {"noise_multiplier": 1.0, "statistics": "sums"},
+                    "feda2v": {"adapter_aggregation_mode": "avg", "generator_type": kind, **GENERATOR},
+                },
+                ["a covariance under noise", f"generator_type is {kind}", "replay or gaussian"],
+            )
+            for kind in ("lowrank", "full", "vae", "cgan")
+        ),
+        *(
+            (
+                {
+                    "training": {"control_variates": True, "optimizer": "SGD"},
+                    "feda2v": {"adapter_aggregation_mode": mode},
+                },
+                ["control_variates is true", f"adapter_aggregation_mode is {mode}", "avg, weighted or kd"],
+            )
+            for mode in ("none", "median", "krum")
+        ),
         (
             {"privacy": {"statistics": "sums"}, "feda2v": {"adapter_aggregation_mode": "kd", **GENERATOR}},
             ["adapter_aggregation_mode is kd", "set statistics to clients"],
@@ -478,6 +505,19 @@ def test_cohort_may_be_everyone() -> None:
         (
             {"feda2v": {"server_optimizer": "yogi", "adapter_aggregation_mode": "avg", "server_learning_rate": 1}},
             "server_learning_rate is 1 with yogi",
+        ),
+        *(
+            ({"feda2v": {**GENERATOR, "generator_type": kind, key: value}}, f"feda2v.{key} has no effect")
+            for kind, key, value in (
+                ("flow", "novelty_weight", 1.0),
+                ("gan", "beta_warmup", 0.1),
+                ("vae", "mode_seeking", 0.9),
+                ("lowrank", "generator_ema", 0.5),
+            )
+        ),
+        (
+            {"privacy": {"statistics": "sums"}, "feda2v": {"generator_buffer_age": 2}},
+            "feda2v.generator_buffer_age has no effect: privacy.statistics is sums",
         ),
     ],
 )

@@ -14,7 +14,7 @@ no longer than what is corrected by them, and the correction itself isn't clippe
 
     c <- c + sum over cohort of w_k (c_k' - c_k) / sum over population of w_k    (equation 5)
 
-with the aggregator's weights: the paper's 1 for `avg` (and all others but `weighted`), n_k for `weighted`. So c stays
+with the aggregator's weights: the paper's 1 for `avg`, n_k for `weighted` and `kd`. So c stays
 the mean of all clients' c_k that belongs to the average which the server takes; with other weights the two would pull
 towards different optima.
 

@@ -7,10 +7,19 @@ from collections.abc import Iterable
 from typing import get_args
 
 from fedsim.config.keys import find_key, suggestion
-from fedsim.config.method_checks import check_methods
+from fedsim.config.method_checks import LEARNT, VAES, check_methods
 from fedsim.config.schema import Config, Data, FedA2V, Privacy, SearchRange
 from fedsim.errors import ConfigError
 
+EFFECTIVE = {
+    "novelty_weight": (*VAES, "gan", "cgan"),
+    "mode_seeking": ("cgan",),
+    "discriminator": ("cgan",),
+    "beta_warmup": VAES,
+    "loss_scaling": VAES,
+    "generator_ema": LEARNT,
+}
+"""Kinds of generators that a key is for."""
 DATASETS: tuple[str, ...] = get_args(Data.model_fields["name"].annotation)
 
 
@@ -191,6 +200,18 @@ def _warnings(config: Config) -> list[str]:
         found += [
             f"feda2v.{name} has no effect: adapter_aggregation_mode is {settings.adapter_aggregation_mode}"
             for name in ("kd_epochs", "kd_learning_rate", "kd_samples_per_class")
+            if getattr(settings, name) != FedA2V.model_fields[name].default
+        ]
+    if settings.use_generator:
+        found += [
+            f"feda2v.{name} has no effect: generator_type is {settings.generator_type}"
+            for name, kinds in EFFECTIVE.items()
+            if settings.generator_type not in kinds and getattr(settings, name) != FedA2V.model_fields[name].default
+        ]
+    if config.privacy.statistics == "sums":
+        found += [
+            f"feda2v.{name} has no effect: privacy.statistics is sums, which are added up over all rounds"
+            for name in ("generator_buffer_size", "generator_buffer_age")
             if getattr(settings, name) != FedA2V.model_fields[name].default
         ]
     if settings.clients_train != "none" and config.federation.global_rounds == 1 and not settings.pretrained_generators:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from fedsim.config.schema import Config, FedA2V
 from fedsim.errors import ConfigError
 
+COVARIANCE = ("lowrank", "full")
+LEARNT = ("vae", "vae_plain", "multimodal", "flow", "gan", "cgan")
 GRANULAR = ("vae", "vae_plain", "flow", "gan", "cgan")
 VAES = ("vae", "vae_plain", "multimodal")
 
@@ -65,10 +67,14 @@ def _check_control_variates(config: Config) -> None:
             f"training.control_variates is true and training.{given}, but a client's variate is the mean gradient of "
             "plain steps; set optimizer to SGD and momentum to 0"
         )
-    if config.feda2v.adapter_aggregation_mode == "none":
+    mode = config.feda2v.adapter_aggregation_mode
+    if mode not in {"avg", "weighted", "kd"}:
+        why = "clients that are never averaged don't drift from an average"
+        if mode != "none":
+            why = "the server's variate is a plain mean, which one wrong client moves as far as it likes"
         raise ConfigError(
-            "training.control_variates is true but feda2v.adapter_aggregation_mode is none: clients that are never "
-            "averaged don't drift from an average; aggregate (avg, weighted, ...), or set control_variates to false"
+            f"training.control_variates is true but feda2v.adapter_aggregation_mode is {mode}: {why}; set it to avg, "
+            "weighted or kd, or control_variates to false"
         )
     if not config.federation.local_epochs:
         raise ConfigError(
@@ -183,12 +189,16 @@ def _check_sums(config: Config) -> None:
     by_client = {
         "feda2v.adapter_aggregation_mode is kd": settings.adapter_aggregation_mode == "kd",
         "training.prototype_weight isn't 0": config.training.prototype_weight > 0,
+        "feda2v.generator_type is oracle": used and settings.generator_type == "oracle",
     }
-    if privacy.statistics == "sums" and any(by_client.values()):
-        what = next(name for name, wanted in by_client.items() if wanted)
-        raise ConfigError(
-            f"privacy.statistics is sums and {what}, which needs a row per client and class; set statistics to clients"
-        )
+    hidden = {
+        "privacy.statistics is sums": privacy.statistics == "sums",
+        "privacy.secure_sums is true": privacy.secure_sums,
+        "privacy noise is on": privacy.adds_noise,
+    }
+    if any(hidden.values()) and any(by_client.values()):
+        how, what = (next(name for name, given in said.items() if given) for said in (hidden, by_client))
+        raise ConfigError(f"{how} and {what}, which needs what single clients hold; leave out one of them")
     if (privacy.secure_sums or privacy.adds_noise) and config.training.control_variates:
         raise ConfigError(
             "training.control_variates is true, but changes of control variates are neither masked nor hidden by "
@@ -233,6 +243,8 @@ def _check_noise(config: Config) -> None:
         )
     if not privacy.adds_noise:
         return
+    used = settings.use_generator and settings.global_model_train
+    wants_rows = settings.generator_type in LEARNT and settings.generator_rows == "lowrank"
     if settings.adapter_aggregation_mode != "avg":
         raise ConfigError(
             f"privacy noise is on and feda2v.adapter_aggregation_mode is {settings.adapter_aggregation_mode}, but "
@@ -242,6 +254,12 @@ def _check_noise(config: Config) -> None:
         raise ConfigError(
             "privacy noise is on and privacy.statistics is clients, but noise hides a client in a sum, not in its own "
             "means; set statistics to sums"
+        )
+    if used and (settings.generator_type in COVARIANCE or wants_rows):
+        what = f"generator_type is {settings.generator_type}" + (", generator_rows lowrank" if wants_rows else "")
+        raise ConfigError(
+            f"privacy noise is on and feda2v.{what}: a covariance under noise is mostly noise; set generator_type to "
+            "replay or gaussian, or generator_rows to moments"
         )
     if settings.clients_train != "none":
         raise ConfigError(

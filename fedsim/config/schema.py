@@ -299,13 +299,18 @@ class FedA2V(Section):
         None, "generator epochs per round (default: global_model_train_epochs)", "epochs", ge=1
     )
     generator_learning_rate: float | None = key(
-        None, "learning rate of the generator (default: 0.1 x training.learning_rate, gan and cgan 1e-4)", gt=0
+        None,
+        "learning rate of the generator (default: 0.1 x training.learning_rate, gan and cgan 1e-4, those that clients "
+        "train training.learning_rate)",
+        gt=0,
     )
     generator_batch_size: int = key(64, "rows of a generator step", "rows", ge=1, le=1_000_000)
     generator_rows_per_class: int = key(
         64, "training rows drawn per class and generator epoch", "rows", ge=1, le=1_000_000
     )
-    generator_hidden_dim: int = key(512, "learnt kinds: width of the two hidden layers", ge=1, le=65_536)
+    generator_hidden_dim: int = key(
+        512, "learnt kinds: width of the two hidden layers; residual_vae has one", ge=1, le=65_536
+    )
     generator_latent_dim: int = key(256, "VAEs, gan, cgan: width of the latent vector", ge=1, le=65_536)
     discriminator: Literal["spectral", "r1"] = key(
         "spectral", "cgan: what holds the discriminator back: spectral norm, or a penalty on its slope at real rows"

@@ -45,13 +45,11 @@ class ClientSums:
         basis = next_basis(known.pooled, size=self._size, rank=self._rank, seed=seed, round_number=round_number)
         if not (self._trained and (known.pooled or known.network)):
             return {"basis": basis}
-        network = known.network
-        if known.pooled is None:  # pretrained
-            assert known.deviation is not None
-            deviation = known.deviation
-        else:
-            deviation = residual_vae.deviation(known.pooled)
-            network = network or self._first_network(known.pooled)
+        # The scale stays that of the first networks: those of clients that were away since are in it too.
+        network, deviation = known.network, known.deviation
+        if deviation is None:
+            assert known.pooled is not None
+            network, deviation = self._first_network(known.pooled), residual_vae.deviation(known.pooled)
         return {"basis": basis, "deviation": deviation, **{PREFIX + name: tensor for name, tensor in network.items()}}
 
     def _first_network(self, pooled: PooledCovariance) -> AdapterState:

@@ -6,6 +6,7 @@ control variates) and `clients/client_generators/` (`feda2v.client_generator: ow
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from fedsim.algorithms.client_generator import network_of
+from fedsim.errors import ConfigError
 from fedsim.federation.checkpoint import CLIENTS, GENERATORS, ServerState, kept_indices
 from fedsim.federation.client_store import ClientStore
 from fedsim.federation.gathering import OwnBlocks
 from fedsim.federation.saved_generators import open_pretrained
 from fedsim.federation.setup import Setup
 from fedsim.types import Block, BlockUpdate, Broadcast, Learnt, flatten_state
+
+log = logging.getLogger(__name__)
 
 AT_ONCE = 1024
 """Clients whose networks are read together."""
@@ -56,6 +60,12 @@ class KeptByClients:
         saved = open_pretrained(setup.config, class_names=setup.class_names, num_clients=setup.partition.num_clients)
         if saved is None:
             return state
+        if (made := saved.info["audio_encoder_used"]) != (used := setup.used["audio_encoder"]):
+            raise ConfigError(
+                f"feda2v.pretrained_generators: {saved.folder} was made with {made}, here the audio encoder is {used}"
+            )
+        if self.generators is not None and saved.info["partition"] != setup.partition.fingerprint:
+            log.warning("%s: clients had other recordings when these generators were trained", saved.folder)
         if self.generators is not None:
             for first in range(0, len(saved.clients), AT_ONCE):
                 some = saved.clients[first : first + AT_ONCE]

@@ -41,6 +41,10 @@ from fedsim.types import AdapterState, Broadcast, ClassStats, Learnt, flatten_st
 
 log = logging.getLogger(__name__)
 
+LARGE_DELTA = 0.01
+LEAST_SECURE = 3
+"""Clients of a secure sum: of two, either can take itself off."""
+
 
 def sums_wanted(config: Config, parts: Parts) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the class sums that clients send; none where they send a row per class, or no statistics."""
@@ -61,7 +65,6 @@ def public_scales(config: Config, parts: Parts) -> dict[str, float]:
     size = float(np.prod(parts.adapter.input_shape))
     length = config.privacy.embedding_norm or size**0.5
     scales = {COUNT: 1.0, TOTAL: 1 / length, SQUARES: 1 / length**2}
-    scales |= {"product": 1 / length**2, "diagonal": 1 / length**2, "freedom": 1.0}
     for head, table in parts.objective.targets.items():
         norms = table.flatten(1).norm(dim=1)
         scales[OUTPUT + head] = 1 / float(norms.mean())
@@ -160,12 +163,18 @@ class Receiving:
         cohort_size: clients of a round, on average where there is noise.
 
     Raises:
-        ConfigError: noise with cohorts that may be empty, without an accountant, or with an epsilon out of reach.
+        ConfigError: secure sums of too few; noise with cohorts that may be empty, without an accountant, or with an
+            epsilon out of reach.
     """
 
     def __init__(self, config: Config, parts: Parts, *, num_clients: int, cohort_size: int) -> None:
         self._config, self._targets, self._num_clients = config, parts.objective.targets, num_clients
         self._cohort_size, self._secure = cohort_size, config.privacy.secure_sums
+        if self._secure and cohort_size < LEAST_SECURE:
+            raise ConfigError(
+                f"privacy.secure_sums is true with cohorts of {cohort_size}: the sum of so few tells what one of them "
+                f"has sent; let at least {LEAST_SECURE} clients take part in a round"
+            )
         self.wanted = sums_wanted(config, parts)
         self._noise = self._make_noise(public_scales(config, parts)) if config.privacy.adds_noise else None
 
@@ -179,6 +188,10 @@ class Receiving:
                 f"around it; give at least {LEAST_COHORT}, so that none is empty, or leave it out for all clients"
             )
         delta = privacy.delta or self._num_clients**-1.1
+        if delta > LARGE_DELTA:
+            log.warning(
+                "privacy.delta is %.3g: a promise that may fail so often is worth little; give a smaller one", delta
+            )
         multiplier = privacy.noise_multiplier
         if privacy.target_epsilon is not None:
             multiplier = noise_for(privacy.target_epsilon, sample_rate=rate, delta=delta, rounds=rounds)

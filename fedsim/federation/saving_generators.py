@@ -65,6 +65,7 @@ def save_generators(
             "audio_encoder": config.model.audio_encoder.name,
             "audio_encoder_used": setup.used["audio_encoder"],
             "data": setup.used["data"],
+            "partition": setup.partition.fingerprint,
             "input_shape": list(parts.adapter.input_shape),
             "hidden_dim": config.feda2v.generator_hidden_dim,
             "latent_dim": config.feda2v.generator_latent_dim,

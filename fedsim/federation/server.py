@@ -1,8 +1,8 @@
 """The server: one federated round after another.
 
-`Server.run_round` is the round: sample, train locally, aggregate, fit the generator, refine, evaluate. It knows
-nothing of Ray or MLflow; the pool that trains blocks and the tracker that records numbers are handed in. Updates are
-put together as they arrive (see `gathering`): what the server holds doesn't grow with the clients of a round.
+`Server.run_round` is the round: sample, train locally, open the sums, aggregate, fit the generator, distil, refine,
+evaluate. It knows nothing of Ray or MLflow; the pool that trains blocks and the tracker that records numbers are handed
+in. Updates are put together as they arrive (see `gathering`): what the server holds doesn't grow with the clients.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ class Server:
             newcomers = int((self.state.clients.slots_of(cohort) < 0).sum())
             down -= (len(cohort) - newcomers) * size
         elif self.config.federation.local_epochs:  # who doesn't train has no change to send
-            up += numbers.answered * size
+            up += numbers.answered * size * (2 if self.config.privacy.secure_sums else 1)  # masked: 64 bits
         if self.kept.generators is not None:
             old = int((self.state.generators.slots_of(cohort) >= 0).sum())
             down -= old * state_bytes(network_of(broadcast.extra))

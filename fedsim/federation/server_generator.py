@@ -75,7 +75,13 @@ class ServerGenerator:
         if isinstance(generator, ResidualVae):
             generator.take(learnt.network, learnt.deviation)
         report = generator.fit(
-            Evidence(known, condition, learnt.pooled and learnt.pooled.to(self._parts.device), heads),
+            Evidence(
+                known,
+                condition,
+                learnt.pooled and learnt.pooled.to(self._parts.device),
+                heads,
+                epoch=(round_number - 1) * generator_epochs(config),
+            ),
             epochs=generator_epochs(config),
             stream=rng(config.experiment.seed, "generator", round_number),
         )

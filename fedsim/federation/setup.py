@@ -140,6 +140,13 @@ def _prepare_generated(config: Config) -> Setup:
     if (asked := config.federation.cohort_size or 1) > data.partition.num_clients:
         clients = data.partition.num_clients
         raise DataError(f"federation.cohort_size is {asked} but data.generators makes {clients} clients")
+    log.info("clients, classes and rows are those of %s: no partition is made", config.data.generators)
+    if (
+        "num_clients" in config.federation.model_fields_set
+        and config.federation.num_clients != data.partition.num_clients
+    ):
+        asked, made = config.federation.num_clients, data.partition.num_clients
+        log.warning("federation.num_clients is %d, but data.generators makes %d clients", asked, made)
     check_heads(head_specs(config))
     targets = _targets(config, data.class_names)
     store = write_store(cache_dir=cache_dir(config), fingerprint=data.fingerprint, hashes=data.hashes, rows=data.rows())

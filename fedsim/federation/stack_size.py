@@ -48,7 +48,7 @@ def client_costs(
         steps: of the block's longest client.
         how: optimiser and batch settings.
         apart: every client has weights of its own from the start, or its update is wanted whole.
-        sums: numbers that a client's spread within classes takes.
+        sums: numbers that a client adds up or keeps beside its adapter.
     """
     weights = {name: tensor for name, tensor in state.items() if is_linear_weight(name)}
 

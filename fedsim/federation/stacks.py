@@ -149,6 +149,8 @@ class StackTrainer:
         if self._aggregator.needs_updates:
             updates, sums = self._updates(params, broadcast), summed(sums)
         else:
+            if not np.isfinite(losses).all():  # before masks hide whose they are
+                self._blame(params, losses, data.client, broadcast.round_number)
             delta_sum, sums = self._sending.sum(params, sums, weights, data.client, broadcast)
         if not (np.isfinite(losses).all() and _finite(delta_sum, updates)):
             self._blame(params, losses, data.client, broadcast.round_number)
@@ -206,7 +208,7 @@ class StackTrainer:
             objective=self._parts.objective,
             batch_size=self.how.batch_size,
             stats_min_count=self._config.privacy.min_count if with_stats or basis is not None else None,
-            share_variances=self._config.privacy.share_variances,
+            share_variances=self._config.privacy.share_variances and self._config.feda2v.global_model_train,
             basis=None if basis is None else basis.to(self._parts.device),
             class_sums=self._class_sums,
         )

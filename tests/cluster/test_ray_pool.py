@@ -357,7 +357,7 @@ def test_masks_and_noise_are_the_same_in_this_process_and_with_two_actors(cluste
         setup,
         *SERVER_STEP,
         "feda2v.adapter_aggregation_mode=avg",
-        "feda2v.generator_type=lowrank",
+        "feda2v.generator_type=gaussian",
         "privacy.statistics=sums",
         "privacy.secure_sums=true",
         "privacy.noise_multiplier=0.05",

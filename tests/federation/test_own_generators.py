@@ -155,3 +155,14 @@ def test_a_block_that_returns_no_networks_is_refused(setup):
     bad[1, 3] = np.nan
     with pytest.raises(ClientError, match="non-finite"):
         check_update(replace(update, generators=bad), block, server._expected, broadcast)
+
+
+def test_the_scale_of_networks_stays_that_of_the_first_ones(setup):
+    """A client that was away has its network in the scale of the round that it was trained in."""
+    server, _ = run(reconfigured(setup, NO_STEP, *OWN_GENERATORS, "federation.cohort_size=2"), 0)
+    scales = []
+    for _ in range(4):
+        server.run_round()
+        scales.append(server.state.learnt.deviation)
+    assert not torch.equal(server.state.learnt.pooled.variance.sqrt(), scales[0]), "cohorts differ"
+    assert all(torch.equal(scale, scales[0]) for scale in scales)

@@ -137,9 +137,9 @@ def test_a_checkpoint_does_not_disturb_the_run(setup, tmp_path):
 
 
 def test_beta_goes_on_where_it_was(setup, tmp_path):
-    # Two epochs a round, a warm-up of half of the eight epochs: beta of the coming epoch after each round.
+    # Two epochs a round, a warm-up of half of the eight epochs: beta of each round's last epoch.
     _, results = run(setup)
-    assert [r.metrics["server/generator_beta"] for r in results] == [0.75, 1.0, 1.0, 1.0]
+    assert [r.metrics["server/generator_beta"] for r in results] == [0.5, 1.0, 1.0, 1.0]
     first, _ = run(setup, 1)
     first.save(tmp_path, mlflow_run_id=None)
     second = make_server(setup, state=load_checkpoint(tmp_path, setup.config)[0])

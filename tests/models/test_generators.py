@@ -437,7 +437,7 @@ def test_a_growing_latent_enters_without_a_jump_and_reaches_its_width(novelty):
     for epoch in range(total):
         units.append(vae.units)
         report = vae.fit(evidence(stats, CONDITION), epochs=1, stream=rng(0, "fit", epoch))
-        assert report.metrics["latent_units"] == vae.units
+        assert report.metrics["latent_units"] == units[-1]
         if vae.units > units[-1]:  # the coming epoch has another unit
             after = vae._loss_parts(x, x, v, rng(0, "z"))
             drawn = vae._decode(vae._sampler(), v, rng(0, "prior"))
@@ -614,3 +614,21 @@ def test_groups_hold_every_class(groups, message):
     with pytest.raises(ConfigError, match=message):
         class_groups(groups, ["dog", "rain"])
     assert class_groups({"x": ["rain"], "y": ["dog"]}, ["dog", "rain"]) == ((1,), (0,))
+
+
+def test_networks_that_had_no_rows_keep_pace_with_the_schedules():
+    """With one client a round, most classes are absent from most rounds: beta is that of the run all the same."""
+    spec = GeneratorSpec(
+        0, hidden_dim=4, latent_dim=4, total_epochs=8, rows_per_class=2, growth=0.5, groups=((0,), (1,), (2,))
+    )
+    made, stats = make_generator("vae_plain", spec), federation(2)
+    reports = [
+        made.fit(
+            Evidence(stats.take(np.flatnonzero(stats.label == number % 3)), CONDITION, epoch=number),
+            epochs=1,
+            stream=rng(0, "fit", number),
+        )
+        for number in range(8)
+    ]
+    assert [r.metrics["beta"] for r in reports] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert [r.metrics["latent_units"] for r in reports] == [1, 2, 3, 4, 4, 4, 4, 4]

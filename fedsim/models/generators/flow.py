@@ -1,4 +1,4 @@
-"""`flow`: flow matching on straight paths over what is left around class means (Lipman et al. 2023, equation 23).
+"""`flow`: flow matching on straight paths over what is left around class means (Lipman 2023, equation 23).
 
     x_t = (1 - t) x_0 + t x_1,  x_0 standard normal, x_1 a standardised residual, t uniform in [0, 1]
     L = mean |u(x_t, t) - (x_1 - x_0)|^2

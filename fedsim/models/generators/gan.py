@@ -1,4 +1,4 @@
-"""`gan`: a conditional generative adversarial network over audio embeddings (Goodfellow et al. 2014; Mirza & Osindero).
+"""`gan`: a conditional generative adversarial network over audio embeddings (Goodfellow 2014; Mirza and Osindero 2014).
 
     L_D = BCE(D(x, v), 1) + BCE(D(G(z, v), v), 0)        L_G = BCE(D(G(z, v), v), 1)   (non-saturating)
 

@@ -1,4 +1,4 @@
-"""One network per class or per group of classes (`feda2v.generator_granularity`), for every learnt kind alike.
+"""One network per class or per group of classes (`feda2v.generator_granularity`), for all learnt kinds but multimodal.
 
 A generator made of generators: each is fitted on the statistics of its own classes and sampled for their conditions.
 Every part has a stream of its own, so what it learns doesn't depend on which other classes are there.

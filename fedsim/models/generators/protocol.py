@@ -67,12 +67,14 @@ class Evidence:
         condition: every class's prompt embedding [C, V].
         pooled: the within-class covariance, where it was measured.
         heads: by head, the mean adapter output of every row [M, F], over tokens; only for kinds that use it.
+        epoch: epochs of earlier rounds, from which schedules go on; None: as many as the generator was fitted for.
     """
 
     stats: ClassStats
     condition: Tensor
     pooled: PooledCovariance | None = None
     heads: Mapping[str, Tensor] = field(default_factory=dict)
+    epoch: int | None = None
 
     def take(self, rows: np.ndarray) -> Evidence:
         """The same with some rows of the statistics only."""

@@ -1,4 +1,4 @@
-"""`vae`: a conditional variational auto-encoder over audio embeddings (Kingma & Welling 2014; Sohn et al. 2015).
+"""`vae`: a conditional variational auto-encoder over audio embeddings (Kingma and Welling 2014; Sohn 2015).
 
     encoder [x; v] -> mu, log sigma^2 (latent)          decoder [z; v] -> linear output, a row its own condition
     L = recon + beta * KL + 0.1 * similarity
@@ -127,11 +127,16 @@ class Vae:
         stats, pooled = training_source(known.stats, self._spec.rows, known.pooled)
         self._standard = Standardizer(*moments(stats, pooled))
         history = []
-        for _ in range(epochs):
+        if known.epoch is not None:
+            self._epoch = known.epoch
+        last: dict[str, float] = {}
+        for step in range(epochs):
             labels, x = self._standard.draws(stats, self._spec.rows_per_class, stream, pooled)
             history.append(self._epoch_of(x, condition, labels, stream))
+            # Measured as it was trained: with this epoch's beta and units.
+            last = self._measure(x, condition[torch.from_numpy(labels)], stream) if step == epochs - 1 else {}
             self._epoch += 1
-        return FitReport(tuple(history), self._measure(x, condition[torch.from_numpy(labels)], stream))
+        return FitReport(tuple(history), last)
 
     def _epoch_of(
         self, x: Tensor, condition: Tensor, labels: np.ndarray, stream: np.random.Generator
