@@ -132,10 +132,12 @@ def run_cell(cell: Cell, setting: Setting, method: Sequence[str], output: Path, 
     import fedsim
 
     run_dir = output / cell.folder
-    if not (run_dir / "result.json").exists():
-        shutil.rmtree(run_dir, ignore_errors=True)  # a run that was broken off
+    marker, asked = run_dir / "study.json", json.dumps({**vars(setting), "file": setting.file.name, "method": method})
+    if not marker.exists() or marker.read_text() != asked:
+        shutil.rmtree(run_dir, ignore_errors=True)  # a run that was broken off, or of a method that has changed
         store = [f"tracking.enabled={str(tracked).lower()}", f"tracking.uri=sqlite:///{output.resolve()}/mlflow.db"]
         fedsim.run(configuration(cell, setting, [*method, *store], output), output=run_dir)
+        marker.write_text(asked)
     rounds = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     metrics = [found["metrics"] for found in rounds]
     # Clients that keep their own adapters: the mean of these on the held-out recordings.

@@ -46,11 +46,12 @@ class Results:
 
     def table(self, setting: str) -> str:
         """Mean and 95 % interval of every method, and paired differences to the references at the last round."""
-        against = " | ".join(f"− {name}" for name in REFERENCES)
+        references = [name for name in REFERENCES if len(self.values(setting, name, ROUNDS[-1]))]
+        against = "".join(f" − {name} |" for name in references)
         lines = [
             f"**{setting}**\n",
-            f"| method | round {ROUNDS[0]} | round {ROUNDS[1]} | {against} | rounds to 90 % | MB up |",
-            "|" + "---|" * (5 + len(REFERENCES)),
+            f"| method | round {ROUNDS[0]} | round {ROUNDS[1]} |{against} rounds to 90 % | MB up |",
+            "|" + "---|" * (5 + len(references)),
         ]
         for method in self._methods:
             last = self.values(setting, method, ROUNDS[-1])
@@ -58,9 +59,9 @@ class Results:
                 continue
             columns = [f"{self.values(setting, method, ROUNDS[0]).mean():.1f}"]
             columns += ["{:.1f} ({:.1f} … {:.1f})".format(last.mean(), *interval(last))]
-            for reference in REFERENCES:
+            for reference in references:
                 other = self.values(setting, reference, ROUNDS[-1])
-                columns.append(f"{(last - other).mean():+.1f}" if len(other) and reference != method else "")
+                columns.append("" if reference == method else f"{(last - other).mean():+.1f}")
             columns += [self._rounds_to(setting, method), f"{self._bytes_up(setting, method):.1f}"]
             lines.append(f"| {method} | {' | '.join(columns)} |")
         return "\n".join(lines)
@@ -82,6 +83,6 @@ class Results:
             mark = "**" if adjusted < 0.05 else ""
             lines.append(
                 f"| {key[0]} | {key[1]} − {key[2]} | {key[3]} | {mark}{difference.mean():+.1f}{mark} | "
-                f"{low:+.1f} … {high:+.1f} | {raw:.4f} | {mark}{adjusted:.4f}{mark} |"
+                f"{low:+.1f} … {high:+.1f} | {raw:.2g} | {mark}{adjusted:.2g}{mark} |"
             )
         return "\n".join(lines)
