@@ -221,6 +221,7 @@ def kept_indices(run_dir: Path, name: str = CLIENTS) -> list[ClientIndex]:
         file = folder / f"{name}.safetensors"
         try:
             if file.exists():
+                check_files(folder, read_document(folder), only=file.name)
                 indices.append(_index_of(read_table(file)))
         except (CheckpointError, KeyError) as error:
             log.warning("%s: what its clients kept won't be kept any longer (%s)", file, error)

@@ -87,8 +87,8 @@ def read_document(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}/state.json is damaged or missing ({type(error).__name__}: {error})") from error
 
 
-def check_files(folder: Path, document: Mapping[str, Any]) -> list[Path]:
-    """The tensor files of a checkpoint, checked against its state.json.
+def check_files(folder: Path, document: Mapping[str, Any], *, only: str | None = None) -> list[Path]:
+    """The tensor files of a checkpoint, or only one of them, checked against its state.json.
 
     Raises:
         CheckpointError: one is missing, damaged, or has a name that no checkpoint writes.
@@ -100,6 +100,8 @@ def check_files(folder: Path, document: Mapping[str, Any]) -> list[Path]:
                 f"{folder}/state.json is damaged: {name!r} is no file of a checkpoint, and isn't read"
             )
         file = folder / name
+        if only is not None and name != only:
+            continue
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
         # The size first: hashing a file that was blown up could take for ever.

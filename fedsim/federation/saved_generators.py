@@ -130,6 +130,9 @@ def open_generators(run_dir: str | Path, *, key: str) -> SavedGenerators:
         names = ("start", "deviation", "client", "mean_client", "mean_label", "mean_count")
         with safe_open(folder / TABLE, framework="numpy") as file:
             start, deviation, *numbers = (file.get_tensor(name) for name in names)
+            rows = [file.get_slice(name).get_shape()[0] for name in ("network", "mean", "held_out", "held_out_label")]
+        if rows != [len(numbers[0]), len(numbers[1]), info["held_out"], info["held_out"]]:
+            raise ValueError("its columns have other lengths than it says")
         like = {name: torch.empty(shape) for name, shape in info["network"].items()}
         network = {name: tensor.clone() for name, tensor in unflatten_state(torch.from_numpy(start), like).items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
