@@ -12,6 +12,7 @@ import pytest
 import soundfile
 
 from fedsim.cli import main
+from fedsim.models.guarded_files import sealed
 
 TINY = {
     "experiment": {"name": "tiny", "checkpoint_every": 1},
@@ -202,9 +203,10 @@ def test_resuming_what_cant_be_resumed(cli, tmp_path):
     refused(cli("resume", "other"), "another configuration", "federation.local_epochs was 1, now 2")
     tensors = run_dir / "checkpoints" / "round-2" / "adapter.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-10])
-    refused(cli("resume", "out"), "adapter.safetensors", "truncated")
-    shutil.rmtree(run_dir / "checkpoints" / "round-2")
+    shutil.copytree(run_dir, tmp_path / "damaged")
     assert cli("resume", "out")[0] == 0  # an earlier one serves
+    shutil.rmtree(tmp_path / "damaged" / "checkpoints" / "round-1")
+    refused(cli("resume", "damaged"), "adapter.safetensors", "truncated")
 
 
 def test_a_planted_pickle_is_never_loaded(cli, tmp_path):
@@ -213,7 +215,7 @@ def test_a_planted_pickle_is_never_loaded(cli, tmp_path):
     folder = tmp_path / "out" / "checkpoints" / "round-1"
     state = json.loads((folder / "state.json").read_text())
     state["sha256"]["evil.pkl"] = "0" * 64
-    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "state.json").write_text(json.dumps(sealed(state)))
     (folder / "evil.pkl").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     refused(cli("resume", "out"), "evil.pkl")
     assert not (tmp_path / "pwned").exists()

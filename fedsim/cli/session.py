@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedsim.config import Config, load_config, resolved_yaml
 from fedsim.errors import CheckpointError
-from fedsim.federation.checkpoint import ServerState, check_data, has_checkpoint, load_checkpoint
+from fedsim.federation.checkpoint import ServerState, check_data, load_checkpoint
+from fedsim.federation.checkpoint_files import checkpoints_of, has_checkpoint, round_of
 from fedsim.federation.experiment import run_rounds
-from fedsim.federation.run_directory import create_run_directory, discard_unused, keep_rounds, read_result, write_text
+from fedsim.federation.run_directory import (
+    create_run_directory,
+    discard_unused,
+    keep_rounds,
+    read_result,
+    write_text,
+    writing,
+)
+from fedsim.federation.run_lock import locked
 from fedsim.federation.setup import Setup, prepare
 from fedsim.launch.auto import settle
-from fedsim.launch.session import ended_by_signals, open_experiment
+from fedsim.launch.session import open_experiment
+from fedsim.launch.signals import ended_by_signals
 from fedsim.tracking.progress import ProgressDisplay
 
 log = logging.getLogger(__name__)
@@ -42,16 +53,17 @@ def run(config: Config, *, output: Path | str | None = None, console: Console | 
     console = console or Console(quiet=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     run_dir = Path(output or Path(config.experiment.output_dir) / f"{config.experiment.name}-{stamp}").absolute()
-    create_run_directory(run_dir, config)
-    try:
-        return _run(_prepare(config, run_dir, console), run_dir, None, None, console)
-    except BaseException:
-        discard_unused(run_dir)
-        raise
+    with _stoppable(run_dir, config), locked(run_dir, new=True):
+        create_run_directory(run_dir, config)
+        try:
+            return _run(_prepare(config, run_dir, console), run_dir, None, None, console)
+        except BaseException:
+            discard_unused(run_dir)
+            raise
 
 
 def resume(run_dir: Path | str, *, address: str | None = None, console: Console | None = None) -> dict[str, Any]:
-    """Go on with a run from its newest checkpoint.
+    """Go on with a run from its newest valid checkpoint; damaged ones are passed over, and that is said.
 
     Args:
         run_dir: the run directory.
@@ -62,26 +74,33 @@ def resume(run_dir: Path | str, *, address: str | None = None, console: Console 
         The contents of result.json.
 
     Raises:
-        CheckpointError: no run directory, a damaged checkpoint, or one of another configuration or other data.
+        CheckpointError: no run directory, no valid checkpoint, or one of another configuration or other data.
+        ConfigError: another process holds the run directory.
     """
     run_dir = Path(run_dir).absolute()
     if not (run_dir / "config.yaml").is_file():
         raise CheckpointError(f"{run_dir} is not a run directory: it has no config.yaml")
     config = load_config(run_dir / "config.yaml", [f"resources.address={address}"] if address else [])
-    console = console or Console(quiet=True)
+    with _stoppable(run_dir, config), locked(run_dir):
+        return _resume(run_dir, config, console or Console(quiet=True))
+
+
+def _resume(run_dir: Path, config: Config, console: Console) -> dict[str, Any]:
     if not has_checkpoint(run_dir):
         log.warning("%s holds no checkpoint: the run starts again at round 1", run_dir)
         setup = _prepare(config, run_dir, console)
-        keep_rounds(run_dir, up_to=0)
+        with writing(run_dir):
+            keep_rounds(run_dir, up_to=0)
         return _run(setup, run_dir, None, None, console)
     state, mlflow_run_id = load_checkpoint(run_dir, config)
     if state.round_number >= config.federation.global_rounds and (finished := read_result(run_dir)):
         log.info("%s is finished: %d rounds", run_dir, state.round_number)
         return finished
     setup = _prepare(config, run_dir, console)
-    check_data(run_dir, setup.data_fingerprint)
+    check_data(run_dir, setup.data_fingerprint, round_number=state.round_number)
     log.info("going on after round %d", state.round_number)
-    keep_rounds(run_dir, up_to=state.round_number)
+    with writing(run_dir):
+        keep_rounds(run_dir, up_to=state.round_number)
     return _run(setup, run_dir, state, mlflow_run_id, console)
 
 
@@ -89,8 +108,28 @@ def _prepare(config: Config, run_dir: Path, console: Console) -> Setup:
     """The setup with settled resources, which are written into the run's configuration."""
     setup = settle(prepare_with_bar(config, console))
     if setup.config != config:
-        write_text(run_dir / "config.yaml", resolved_yaml(setup.config))
+        with writing(run_dir):
+            write_text(run_dir / "config.yaml", resolved_yaml(setup.config))
     return setup
+
+
+@contextmanager
+def _stoppable(run_dir: Path, config: Config) -> Iterator[None]:
+    """Ctrl-C or SIGTERM ends what is done cleanly, and one line says how to go on."""
+    with ended_by_signals():
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            log.warning("%s", _how_to_go_on(run_dir, config.federation.global_rounds))
+            raise
+
+
+def _how_to_go_on(run_dir: Path, rounds: int) -> str:
+    if not (run_dir / "config.yaml").is_file():
+        return "stopped before a round was finished: nothing is kept"
+    kept = checkpoints_of(run_dir)
+    done = f"after round {round_of(kept[0])} of {rounds}" if kept else "before a round was kept"
+    return f"stopped {done}; go on with `fedsim resume {_shown(run_dir)}`"
 
 
 def prepare_with_bar(config: Config, console: Console) -> Setup:
@@ -121,7 +160,6 @@ def _run(
     first = state.round_number + 1 if state is not None else 1
     rounds = range(first, config.federation.global_rounds + 1)
     with (
-        ended_by_signals(),
         ProgressDisplay(config.federation.global_rounds, console) as display,
         open_experiment(setup, run_dir, status=display.update, state=state, mlflow_run_id=mlflow_run_id) as experiment,
     ):
@@ -139,12 +177,15 @@ def _tell(result: Mapping[str, Any], run_dir: Path, console: Console) -> None:
         lines.append(f"held-out top-1 after {result['rounds']} rounds: {top1}")
     if result["privacy"]["epsilon"] is not None:
         lines.append(f"privacy: {result['privacy']['guarantee']}")
-    shown = os.path.relpath(run_dir) if Path.cwd() in run_dir.parents else run_dir
-    lines += [f"digest {result['digest']}", f"results: {shown}"]
+    lines += [f"digest {result['digest']}", f"results: {_shown(run_dir)}"]
     if result["mlflow_uri"]:
         lines.append(f"look:    mlflow ui --backend-store-uri {result['mlflow_uri']}")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _shown(run_dir: Path) -> str:
+    return os.path.relpath(run_dir) if Path.cwd() in run_dir.parents else str(run_dir)
 
 
 def search(config: Config, *, output: Path | None = None, console: Console | None = None) -> dict[str, Any]:

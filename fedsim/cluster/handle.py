@@ -80,6 +80,10 @@ class RemoteExperiment:
         result: dict[str, Any] = self._wait(self._actor.finish.remote(status))
         return result
 
+    def stop(self) -> None:
+        """Write a checkpoint of the last finished round where there is none; the round under way is abandoned."""
+        self._wait(self._actor.stop.remote(), poll=False)
+
     def close(self) -> None:
         """End all actors."""
         with suppress(RayActorError, RayTaskError, TimeoutError):  # client actors go with their owner in any case

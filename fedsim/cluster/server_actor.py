@@ -91,6 +91,10 @@ class ServerActor:
         """Write the results."""
         return self._experiment.finish(status)
 
+    def stop(self) -> None:
+        """Write a checkpoint of the last finished round, while the next one is under way."""
+        self._experiment.stop()
+
     def close(self) -> None:
         """End the client actors."""
         self._experiment.close()

@@ -46,6 +46,10 @@ class Experiment(Section):
     seed: int = key(42, "every random stream is derived from it", ge=0)
     output_dir: str = key("runs", "folder that receives run directories and mlflow.db")
     checkpoint_every: int = key(5, "a checkpoint after every so many rounds (the last round always)", "rounds", ge=1)
+    keep_last: int | None = key(
+        5, "checkpoints that stay, the newest ones; older ones are deleted (null: all stay)", "checkpoints", ge=1
+    )
+    keep_best: int = key(1, "checkpoints that stay besides, the best ones by eval/top1", "checkpoints", ge=0)
     evaluate_every: int = key(1, "evaluate after every so many rounds (the last round always)", "rounds", ge=1)
 
 

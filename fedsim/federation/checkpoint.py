@@ -8,11 +8,9 @@ over.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,17 +19,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fedsim.config import Config, flatten
 from fedsim.errors import CheckpointError
-from fedsim.federation.client_store import ClientIndex, require_rows
+from fedsim.federation.checkpoint_files import (
+    CHECKPOINTS,
+    SCHEMA,
+    STATE,
+    ForeignCheckpointError,
+    check_files,
+    checkpoints_of,
+    flush,
+    newest_checkpoint,
+    read_document,
+    read_table,
+    sha256_of,
+)
+from fedsim.federation.client_store import ClientIndex, check_rows
+from fedsim.models.guarded_files import sealed
 from fedsim.types import AdapterState, ClassStats, Learnt, PooledCovariance
 
 log = logging.getLogger(__name__)
-SCHEMA = 2
 CLIENTS = "clients"
 GENERATORS = "client_generators"
 FREE_SECTIONS = ("tracking.", "search.", "resources.", "experiment.", "data.cache_dir")
@@ -83,26 +93,34 @@ def save_checkpoint(
 
     The rows that `state.clients` refers to must be on the disk before.
     """
-    final = run_dir / "checkpoints" / f"round-{state.round_number}"
+    final = run_dir / CHECKPOINTS / f"round-{state.round_number}"
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, table in _tables(state).items():
-        save_file({key: tensor.contiguous().cpu() for key, tensor in table.items()}, partial / f"{name}.safetensors")
-    document = {
-        "schema": SCHEMA,
-        "round": state.round_number,
-        "mlflow_run_id": mlflow_run_id,
-        "config": bound_config(config),
-        "data_fingerprint": data_fingerprint,
-        "sha256": {file.name: _sha256(file) for file in sorted(partial.iterdir())},
-    }
-    (partial / "state.json").write_text(json.dumps(document, indent=2) + "\n")
-    for file in partial.iterdir():
-        _flush(file)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    _flush(final.parent)
+    try:
+        partial.mkdir(parents=True)
+        for name, table in _tables(state).items():
+            save_file(
+                {key: tensor.contiguous().cpu() for key, tensor in table.items()}, partial / f"{name}.safetensors"
+            )
+        files = sorted(partial.iterdir())
+        document = {
+            "schema": SCHEMA,
+            "round": state.round_number,
+            "mlflow_run_id": mlflow_run_id,
+            "config": bound_config(config),
+            "data_fingerprint": data_fingerprint,
+            "sha256": {file.name: sha256_of(file) for file in files},
+            "bytes": {file.name: file.stat().st_size for file in files},
+        }
+        (partial / STATE).write_text(json.dumps(sealed(document), indent=2) + "\n")
+        for path in (*partial.iterdir(), partial):
+            flush(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        flush(final.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+        raise
     return final
 
 
@@ -110,8 +128,9 @@ def _tables(state: ServerState) -> dict[str, dict[str, Tensor]]:
     tables = {"adapter": dict(state.adapter), "generator": dict(state.generator)}
     for name, index in ((CLIENTS, state.clients), (GENERATORS, state.generators)):
         if len(index):
-            ids, slots = (torch.from_numpy(np.array(a)) for a in (index.ids, index.slots))
-            tables[name] = {"ids": ids, "slots": slots}
+            tables[name] = {
+                column: torch.from_numpy(np.array(getattr(index, column))) for column in ("ids", "slots", "crc")
+            }
     if state.buffer is not None:
         tables["buffer"] = {
             "client": torch.from_numpy(state.buffer.client),
@@ -140,108 +159,100 @@ def _tables(state: ServerState) -> dict[str, dict[str, Tensor]]:
 
 
 def load_checkpoint(run_dir: Path, config: Config) -> tuple[ServerState, str | None]:
-    """The newest checkpoint of a run and the MLflow run id it was written under.
+    """The newest valid checkpoint of a run and the MLflow run id it was written under; what is passed over is said.
 
     Raises:
-        CheckpointError: there is none, a file is missing or damaged, or it belongs to another configuration.
+        ForeignCheckpointError: the newest one that can be read belongs to another configuration or another fedsim.
+        CheckpointError: there is none, or none is valid.
     """
-    folder = newest_checkpoint(run_dir)
-    document = _read_document(folder)
-    stored, wanted = document["config"], bound_config(config)
+    newest_checkpoint(run_dir)
+    refusals: list[str] = []
+    for folder in checkpoints_of(run_dir):
+        try:
+            document = read_document(folder)
+            _check_config(folder, document["config"], bound_config(config))
+            state = _read_state(run_dir, folder, document)
+        except ForeignCheckpointError:
+            raise
+        except CheckpointError as error:
+            refusals.append(str(error))
+            continue
+        for refusal in refusals:
+            log.warning("passed over a checkpoint: %s", refusal)
+        if refusals:
+            log.warning("the newest valid checkpoint is %s", folder.name)
+        return state, document["mlflow_run_id"]
+    others = [folder.name for folder in checkpoints_of(run_dir)[1:]]
+    also = f" {', '.join(others[:3])}{', ...' if len(others) > 3 else ''} can't be read either;" if others else ""
+    raise CheckpointError(f"{refusals[0]};{also} no valid checkpoint is left: restore one, or start a new run")
+
+
+def _check_config(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     differing = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
     if differing:
         key = differing[0]
-        raise CheckpointError(
+        raise ForeignCheckpointError(
             f"{folder} belongs to another configuration: {key} was {stored.get(key)!r}, now {wanted.get(key)!r}"
             + (f", and {len(differing) - 1} more: {', '.join(differing[1:4])}" if len(differing) > 1 else "")
         )
-    tables = {}
-    for name, expected in document["sha256"].items():
-        file = folder / Path(name).name
-        if not file.is_file() or _sha256(file) != expected:
-            raise CheckpointError(
-                f"{file} is {'damaged or truncated' if file.is_file() else 'missing'}; delete the folder "
-                f"{folder.name} to go on from an earlier checkpoint, if there is one"
-            )
-        tables[file.stem] = _read_tensors(file)
-    state = _from_tables(document["round"], tables)
-    require_rows(run_dir / CLIENTS, state.clients, sum(tensor.numel() for tensor in state.adapter.values()))
+
+
+def _read_state(run_dir: Path, folder: Path, document: Mapping[str, Any]) -> ServerState:
+    """What a checkpoint holds, with the rows that it refers to there."""
+    tables = {file.stem: read_table(file) for file in check_files(folder, document)}
+    try:
+        state = _from_tables(document["round"], tables)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder} is damaged: its tables don't fit ({type(error).__name__}: {reason})"
+        ) from error
+    size = sum(tensor.numel() for tensor in state.adapter.values())
+    check_rows(run_dir / CLIENTS, state.clients, size)
     size = sum(tensor.numel() for tensor in state.learnt.network.values())
-    require_rows(run_dir / CLIENTS / GENERATORS, state.generators, size)
-    return state, document["mlflow_run_id"]
+    check_rows(run_dir / CLIENTS / GENERATORS, state.generators, size)
+    return state
 
 
 def kept_indices(run_dir: Path, name: str = CLIENTS) -> list[ClientIndex]:
     """What the checkpoints of a run refer to in a client store; one that can't be read is left out, and said so."""
     indices = []
-    for file in sorted((run_dir / "checkpoints").glob(f"round-*/{name}.safetensors")):
+    for folder in reversed(checkpoints_of(run_dir)):
+        file = folder / f"{name}.safetensors"
         try:
-            indices.append(_index_of(_read_tensors(file)))
+            if file.exists():
+                check_files(folder, read_document(folder), only=file.name)
+                indices.append(_index_of(read_table(file)))
         except (CheckpointError, KeyError) as error:
             log.warning("%s: what its clients kept won't be kept any longer (%s)", file, error)
     return indices
 
 
 def _index_of(table: Mapping[str, Tensor]) -> ClientIndex:
-    return ClientIndex(table["ids"].numpy(), table["slots"].numpy())
+    """An index.
+
+    Raises:
+        KeyError: it lacks a column.
+        CheckpointError: its columns are those of no index.
+    """
+    columns = [table["ids"].numpy(), table["slots"].numpy()]
+    columns += [table["crc"].numpy()] if "crc" in table else []
+    return ClientIndex(*columns).checked()
 
 
-def check_data(run_dir: Path, data_fingerprint: str) -> None:
-    """Refuse to go on with other recordings, embeddings or targets than the newest checkpoint was made with.
+def check_data(run_dir: Path, data_fingerprint: str, *, round_number: int) -> None:
+    """Refuse to go on with other recordings, embeddings or targets than a round's checkpoint was made with.
 
     Raises:
         CheckpointError: they differ.
     """
-    folder = newest_checkpoint(run_dir)
-    stored = _read_document(folder).get("data_fingerprint")
+    folder = run_dir / CHECKPOINTS / f"round-{round_number}"
+    stored = read_document(folder).get("data_fingerprint")
     if stored != data_fingerprint:
         raise CheckpointError(
             f"{folder} was made with other data: recordings, embeddings, partition or text targets have changed since "
             "(data fingerprint differs); restore them, or start a new run"
         )
-
-
-def has_checkpoint(run_dir: Path) -> bool:
-    """Whether a run directory holds any checkpoint."""
-    return any((run_dir / "checkpoints").glob("round-*"))
-
-
-def newest_checkpoint(run_dir: Path) -> Path:
-    """The folder of the highest round.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    folders = [path for path in (run_dir / "checkpoints").glob("round-*") if re.fullmatch(r"round-\d+", path.name)]
-    if not folders:
-        raise CheckpointError(f"{run_dir} holds no checkpoint (no checkpoints/round-N); start it with `fedsim run`")
-    return max(folders, key=lambda path: int(path.name.split("-")[1]))
-
-
-def _read_document(folder: Path) -> dict[str, Any]:
-    try:
-        document = json.loads((folder / "state.json").read_text())
-        if document["schema"] != SCHEMA:
-            raise CheckpointError(
-                f"{folder}: checkpoint schema {document['schema']}, this fedsim reads {SCHEMA} (since 2, what clients "
-                "keep lies beside the checkpoints); finish the run with the fedsim that began it, or start a new one"
-            )
-        for key, kind in (("round", int), ("config", dict), ("sha256", dict)):
-            if not isinstance(document[key], kind):
-                raise TypeError(f"{key} is no {kind.__name__}")
-        if "adapter.safetensors" not in document["sha256"]:
-            raise ValueError("it names no adapter.safetensors")
-        return {"mlflow_run_id": None, **document}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}/state.json is damaged or missing ({type(error).__name__}: {error})") from error
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file ({error})") from error
-    return tensors
 
 
 def _from_tables(round_number: int, tables: Mapping[str, dict[str, Tensor]]) -> ServerState:
@@ -266,20 +277,3 @@ def _from_tables(round_number: int, tables: Mapping[str, dict[str, Tensor]]) -> 
     guides = tables.get("guides", {})
     own = _index_of(tables[GENERATORS]) if GENERATORS in tables else ClientIndex()
     return ServerState(round_number, tables["adapter"], generator, buffer, clients, learnt, moments, guides, own)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return (
-            hashlib.file_digest(stream, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(stream.read()).hexdigest()
-        )
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -38,10 +39,16 @@ class ClientIndex:
     Attributes:
         ids: clients that have one [n], int64, ascending.
         slots: the slot of each [n], int64.
+        crc: CRC-32 of each row [n], int64; -1 where an earlier fedsim wrote none.
     """
 
     ids: np.ndarray = field(default_factory=_none)
     slots: np.ndarray = field(default_factory=_none)
+    crc: np.ndarray = field(default_factory=_none)
+
+    def __post_init__(self) -> None:
+        if len(self.ids) and not self.crc.size:
+            object.__setattr__(self, "crc", np.full(len(self.ids), -1, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -53,11 +60,26 @@ class ClientIndex:
         at = np.minimum(np.searchsorted(self.ids, clients), len(self) - 1)
         return np.where(self.ids[at] == clients, self.slots[at], -1)
 
-    def updated(self, ids: np.ndarray, slots: np.ndarray) -> ClientIndex:
+    def updated(self, ids: np.ndarray, slots: np.ndarray, crc: np.ndarray | None = None) -> ClientIndex:
         """The index with new slots for some clients, known or new; of a client named twice the last one counts."""
-        ids, slots = np.concatenate([self.ids, ids])[::-1], np.concatenate([self.slots, slots])[::-1]
+        crc = np.full(len(ids), -1, dtype=np.int64) if crc is None else crc
+        pairs = ((self.ids, ids), (self.slots, slots), (self.crc, crc))
+        ids, slots, crc = (np.concatenate(pair)[::-1] for pair in pairs)
         ids, latest = np.unique(ids, return_index=True)
-        return ClientIndex(ids, slots[latest])
+        return ClientIndex(ids, slots[latest], crc[latest])
+
+    def checked(self) -> ClientIndex:
+        """Itself.
+
+        Raises:
+            CheckpointError: it is no index: columns of other types or lengths, clients out of order, a slot twice.
+        """
+        columns = (self.ids, self.slots, self.crc)
+        if any(column.dtype != np.int64 or column.shape != (len(self.ids),) for column in columns):
+            raise CheckpointError("an index of clients has columns of other types or lengths")
+        if (np.diff(self.ids) <= 0).any() or len(np.unique(self.slots)) != len(self) or self.slots.min(initial=0) < 0:
+            raise CheckpointError("an index of clients has them out of order, or two of them in one place")
+        return self
 
 
 def require_rows(folder: Path, index: ClientIndex, row_size: int) -> None:
@@ -74,6 +96,27 @@ def require_rows(folder: Path, index: ClientIndex, row_size: int) -> None:
     if file.stat().st_size < needed:
         size = file.stat().st_size
         raise CheckpointError(f"{file} is too short: {size} bytes, the checkpoint needs {needed}; restore it")
+
+
+def check_rows(folder: Path, index: ClientIndex, row_size: int) -> None:
+    """Refuse an index whose rows aren't there, or aren't those that were written: each is read, one after another.
+
+    Raises:
+        CheckpointError: the file is missing or too short, or a row has changed.
+    """
+    require_rows(folder, index, row_size)
+    if not len(index):
+        return
+    file = folder / FILE
+    with file.open("rb", buffering=0) as stream:
+        for at in np.argsort(index.slots).tolist():
+            if index.crc[at] < 0:
+                continue
+            stream.seek(int(index.slots[at]) * row_size * 4)
+            if zlib.crc32(stream.read(row_size * 4)) != index.crc[at]:
+                raise CheckpointError(
+                    f"{file} is damaged: the tensors of client {index.ids[at]} have changed; restore it"
+                )
 
 
 class ClientStore:
@@ -98,7 +141,7 @@ class ClientStore:
         self._pinned = np.zeros(0, dtype=bool)
         self._file: int | None = None
         self._closer: Callable[[], object] = lambda: None
-        self._fresh: list[tuple[np.ndarray, np.ndarray]] = []
+        self._fresh: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         for checkpoint in (*kept, self.index):
             self.pin(checkpoint)
         self.discard()
@@ -127,13 +170,14 @@ class ClientStore:
         rows = np.ascontiguousarray(rows, dtype=np.float32)
         for slot, places in _runs(slots):
             self._write(rows[places], slot)
-        self._fresh.append((np.array(clients, dtype=np.int64), slots))
+        crc = np.array([zlib.crc32(row) for row in rows], dtype=np.int64)
+        self._fresh.append((np.array(clients, dtype=np.int64), slots, crc))
 
     def commit(self) -> ClientIndex:
         """Let what was put since the last commit count; returns the index, valid until the next commit or if pinned."""
         if self._fresh:
-            ids, slots = (np.concatenate(parts) for parts in zip(*self._fresh, strict=True))
-            self.index = self.index.updated(ids, slots)
+            ids, slots, crc = (np.concatenate(parts) for parts in zip(*self._fresh, strict=True))
+            self.index = self.index.updated(ids, slots, crc)
         self.discard()
         return self.index
 
@@ -150,6 +194,16 @@ class ClientStore:
         end = int(index.slots.max(initial=-1)) + 1
         self._pinned = np.pad(self._pinned, (0, max(0, end - len(self._pinned))))
         self._pinned[index.slots] = True
+
+    def keep_only(self, indices: Iterable[ClientIndex]) -> None:
+        """Let go of all rows but those of these indices and of the last commit; space at the end is given back."""
+        self._pinned = np.zeros(0, dtype=bool)
+        for index in (*indices, self.index):
+            self.pin(index)
+        self.discard()
+        size = self._end * self._row_size * 4
+        if (self._folder / FILE).is_file() and (self._folder / FILE).stat().st_size > size:
+            os.ftruncate(self._open(), size)
 
     def flush(self) -> None:
         """Return when everything written is on the disk."""

@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 from fedsim.algorithms.generator_quality import COLLAPSED
-from fedsim.federation.run_directory import append_round, read_history, write_text
+from fedsim.federation.retention import thin_out
+from fedsim.federation.run_directory import append_round, read_history, write_text, writing
 from fedsim.federation.server import Server
 from fedsim.federation.tracker import FinalReport, Tracker
 from fedsim.models.saved import digest, save_adapter
@@ -33,11 +35,14 @@ class RunFiles:
         run_dir: the run directory.
         checkpoint_every: rounds between checkpoints.
         last_round: the round after which a checkpoint is always written.
+        keep_last, keep_best: checkpoints that stay (see `retention`).
     """
 
     run_dir: Path
     checkpoint_every: int
     last_round: int
+    keep_last: int | None = None
+    keep_best: int = 0
 
 
 class ExperimentHandle(Protocol):
@@ -49,6 +54,10 @@ class ExperimentHandle(Protocol):
 
     def finish(self, status: str) -> dict[str, Any]:
         """Write the adapter, plots and result.json; returns the contents of result.json."""
+        ...
+
+    def stop(self) -> None:
+        """Write a checkpoint of the last finished round where there is none; nothing is written after it."""
         ...
 
     def close(self) -> None:
@@ -76,19 +85,57 @@ class Experiment:
 
     def __init__(self, server: Server, files: RunFiles, tracker: Tracker) -> None:
         self._server, self._files, self._tracker = server, files, tracker
+        # The last round whose numbers are written: `stop` may come while the next one is under way.
+        self._recorded, self._saved = server.state, server.state.round_number
+        history = read_history(files.run_dir, up_to=self._saved)
+        self._top1 = {record["round"]: record["metrics"].get("eval/top1") for record in history}
+        self._writing, self._stopped = Lock(), False
 
     def round(self) -> RoundResult:
         """Run the next round; its numbers are written before its checkpoint.
 
         A crash in between makes a resume repeat the round, the other way round its numbers would be lost.
+
+        Raises:
+            ResourceError: the disk is full or read-only.
         """
         result = self._server.run_round()
         files = self._files
-        append_round(files.run_dir, result)
-        self._tracker.log_round(result)
-        if result.round_number % files.checkpoint_every == 0 or result.round_number == files.last_round:
-            self._server.save(files.run_dir, mlflow_run_id=self._mlflow()[0])
+        with self._writing, writing(files.run_dir):
+            if self._stopped:
+                raise RuntimeError("the run was stopped while this round was under way")
+            append_round(files.run_dir, result)
+            self._tracker.log_round(result)
+            self._recorded = self._server.state
+            self._top1[result.round_number] = result.metrics.get("eval/top1")
+            if result.round_number % files.checkpoint_every == 0 or result.round_number == files.last_round:
+                self._save()
+                self._thin_out()
         return result
+
+    def stop(self) -> None:
+        """Write a checkpoint of the last finished round where there is none; nothing is written after it.
+
+        May be called from another thread while a round is under way: the round is abandoned.
+
+        Raises:
+            ResourceError: the disk is full or read-only.
+        """
+        with self._writing, writing(self._files.run_dir):
+            self._stopped = True
+            if self._recorded.round_number > self._saved:
+                self._save()
+
+    def _save(self) -> None:
+        self._server.save(self._files.run_dir, mlflow_run_id=self._mlflow()[0], state=self._recorded)
+        self._saved = self._recorded.round_number
+
+    def _thin_out(self) -> None:
+        """Delete the checkpoints that needn't stay, and let go of what only they refer to."""
+        files = self._files
+        top1 = {number: value for number, value in self._top1.items() if value is not None and value == value}
+        if thin_out(files.run_dir, top1, newest=self._saved, keep_last=files.keep_last, keep_best=files.keep_best):
+            self._server.kept.release()
 
     def finish(self, status: str) -> dict[str, Any]:
         """Write the adapter, result.json and the final report."""
@@ -103,7 +150,6 @@ class Experiment:
             "class_names": list(setup.class_names),
             "top1": metrics.get("eval/top1"),
         }
-        save_adapter(run_dir / "adapter", self._server.parts.adapter, state.adapter, info=info)
         result: dict[str, Any] = {
             "metrics": metrics,
             "rounds": state.round_number,
@@ -118,9 +164,11 @@ class Experiment:
         }
         if (diversity := metrics.get("generator/diversity")) is not None:
             result["generator_collapsed"] = diversity < COLLAPSED
-        if setup.config.feda2v.save_generators:
-            self._server.save_generators(run_dir)
-        write_text(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
+        with writing(run_dir):
+            save_adapter(run_dir / "adapter", self._server.parts.adapter, state.adapter, info=info)
+            if setup.config.feda2v.save_generators:
+                self._server.save_generators(run_dir)
+            write_text(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
         self._tracker.log_report(self._report(history))
         final = {f"final/{name.removeprefix('eval/')}": value for name, value in metrics.items() if "eval/" in name}
         self._tracker.finish(status, final, {"digest": result["digest"]})

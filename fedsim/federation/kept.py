@@ -120,6 +120,12 @@ class KeptByClients:
         if self.generators is not None:
             self.generators.pin(state.generators)
 
+    def release(self) -> None:
+        """Let go of rows that neither a checkpoint nor the last finished round refers to."""
+        for store, name in ((self.own, CLIENTS), (self.generators, GENERATORS)):
+            if store is not None:
+                store.keep_only(kept_indices(self._folder, name))
+
     def close(self) -> None:
         """Close the files; they open again on use."""
         for store in self._stores:

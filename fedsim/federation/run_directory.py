@@ -6,13 +6,19 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fedsim.config import Config, resolved_yaml
-from fedsim.errors import CheckpointError, ConfigError
+from fedsim.errors import CheckpointError, ConfigError, ResourceError
 from fedsim.types import RoundResult
+
+LOCK = ".lock"
+"""Says who holds the directory; see `run_lock`."""
 
 
 def create_run_directory(run_dir: Path, config: Config) -> None:
@@ -22,15 +28,41 @@ def create_run_directory(run_dir: Path, config: Config) -> None:
         ConfigError: it can't be written, or already holds a run or other files.
     """
     try:
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-            raise ConfigError(
-                f"{run_dir} already exists and isn't empty: nothing is written over; go on with "
-                f"`fedsim resume {run_dir}` or choose another --output"
-            )
+        require_unused(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         write_text(run_dir / "config.yaml", resolved_yaml(config))
     except OSError as error:
         raise ConfigError(f"can't write the run directory {run_dir}: {error.strerror or error}") from error
+
+
+def require_unused(run_dir: Path) -> None:
+    """Refuse a place where something is; the lock of the run that is about to begin doesn't count.
+
+    Raises:
+        ConfigError: it holds a run or other files, or is a file.
+    """
+    if run_dir.exists() and (not run_dir.is_dir() or any(path.name != LOCK for path in run_dir.iterdir())):
+        raise ConfigError(
+            f"{run_dir} already exists and isn't empty: nothing is written over; go on with "
+            f"`fedsim resume {run_dir}` or choose another --output"
+        )
+
+
+@contextmanager
+def writing(run_dir: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into one line that says how to go on.
+
+    Raises:
+        ResourceError: something couldn't be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ResourceError(
+            f"can't write to {run_dir}: {reason}; make room, then `fedsim resume {run_dir}` goes on from the last "
+            "checkpoint"
+        ) from error
 
 
 def discard_unused(run_dir: Path) -> None:
@@ -38,15 +70,19 @@ def discard_unused(run_dir: Path) -> None:
 
     That is one with its configuration and, at most, what clients kept of an unfinished first round.
     """
-    if {path.name for path in run_dir.iterdir()} in ({"config.yaml"}, {"config.yaml", "clients"}):
+    if {path.name for path in run_dir.iterdir()} - {LOCK} in ({"config.yaml"}, {"config.yaml", "clients"}):
         shutil.rmtree(run_dir)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's text atomically."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
@@ -77,25 +113,29 @@ def read_history(run_dir: Path, *, up_to: int | None = None) -> list[dict[str, A
         CheckpointError: a line before the last one is not JSON.
     """
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     history = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            if not (isinstance(record, dict) and isinstance(record.get("round"), int) and "metrics" in record):
+            if not (isinstance(record, dict) and type(record.get("round")) is int and _is_table(record.get("metrics"))):
                 raise ValueError("no object of a round")
             history.append(record)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise CheckpointError(f"{path}, line {number}: not the object of a round ({error})") from error
     return [record for record in history if up_to is None or record["round"] <= up_to]
+
+
+def _is_table(metrics: Any) -> bool:
+    return isinstance(metrics, dict) and all(isinstance(value, float | int | None) for value in metrics.values())
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
     """The contents of result.json; None when there is none, or a damaged one (which a resume writes anew)."""
     try:
         result = json.loads((run_dir / "result.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return result if isinstance(result, dict) and "digest" in result else None
 

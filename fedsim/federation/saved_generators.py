@@ -29,6 +29,7 @@ from torch import Tensor
 from fedsim.config.schema import Config
 from fedsim.errors import ConfigError, ModelError
 from fedsim.models.encoders.files import sha256_of_file
+from fedsim.models.guarded_files import check_header, check_seal, read_json, sealed
 from fedsim.types import AdapterState, unflatten_state
 
 FOLDER, TABLE, DOCUMENT = "generators", "generators.safetensors", "generators.json"
@@ -81,7 +82,7 @@ def write_generators(folder: Path, *, info: Mapping[str, Any], columns: Mapping[
     partial.mkdir(parents=True)
     _write_table(partial / TABLE, columns)
     document = {"format": FORMAT, "kind": KIND, **info, "sha256": sha256_of_file(partial / TABLE)}
-    (partial / DOCUMENT).write_text(json.dumps(document, indent=2) + "\n")
+    (partial / DOCUMENT).write_text(json.dumps(sealed(document), indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
@@ -118,18 +119,23 @@ def open_generators(run_dir: str | Path, *, key: str) -> SavedGenerators:
             "with feda2v.save_generators: true"
         )
     try:
-        info = json.loads((folder / DOCUMENT).read_text())
+        info = read_json(folder / DOCUMENT)
         if (info["format"], info["kind"]) != (FORMAT, KIND):
             found = f"{info['kind']} in format {info['format']}"
             raise ModelError(f"{folder} holds {found}, this fedsim reads {KIND} in format {FORMAT}; run it again")
+        check_seal(info)
+        check_header(folder / TABLE)
         if info["sha256"] != sha256_of_file(folder / TABLE):
             raise ModelError(f"{folder / TABLE} doesn't match the digest in {DOCUMENT}: the file is damaged")
         names = ("start", "deviation", "client", "mean_client", "mean_label", "mean_count")
         with safe_open(folder / TABLE, framework="numpy") as file:
             start, deviation, *numbers = (file.get_tensor(name) for name in names)
+            rows = [file.get_slice(name).get_shape()[0] for name in ("network", "mean", "held_out", "held_out_label")]
+        if rows != [len(numbers[0]), len(numbers[1]), info["held_out"], info["held_out"]]:
+            raise ValueError("its columns have other lengths than it says")
         like = {name: torch.empty(shape) for name, shape in info["network"].items()}
         network = {name: tensor.clone() for name, tensor in unflatten_state(torch.from_numpy(start), like).items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         kind = type(error).__name__
         raise ModelError(f"{folder} is no readable folder of generators ({kind}: {error})") from error
     return SavedGenerators(folder, info, network, torch.from_numpy(deviation), *numbers)

@@ -261,16 +261,16 @@ class Server:
         """Counts [C, C] of the global adapter on the held-out recordings, rows true, columns predicted."""
         return self.held_out.confusion(self.state.adapter)
 
-    def save(self, run_dir: Path, *, mlflow_run_id: str | None) -> None:
-        """Write a checkpoint from which a resume repeats the coming rounds bit for bit.
+    def save(self, run_dir: Path, *, mlflow_run_id: str | None, state: ServerState | None = None) -> None:
+        """Write a checkpoint, of the last round unless a state is given; a resume repeats the rest bit for bit.
 
         Raises:
             ValueError: clients keep their tensors in another run directory.
         """
         self.kept.flush(run_dir)
-        fingerprint = self.setup.data_fingerprint
-        save_checkpoint(run_dir, self.state, self.config, mlflow_run_id=mlflow_run_id, data_fingerprint=fingerprint)
-        self.kept.pin(self.state)
+        state, fingerprint = state or self.state, self.setup.data_fingerprint
+        save_checkpoint(run_dir, state, self.config, mlflow_run_id=mlflow_run_id, data_fingerprint=fingerprint)
+        self.kept.pin(state)
 
     def save_generators(self, run_dir: Path) -> None:
         """Write clients' generators and class means (see `saved_generators`)."""

@@ -5,9 +5,9 @@ The command line runs one experiment this way, a search one per trial.
 
 from __future__ import annotations
 
-import signal
+import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fedsim.errors import FedsimError
 from fedsim.federation.background_tracker import BackgroundTracker
 from fedsim.federation.checkpoint import ServerState
 from fedsim.federation.experiment import Experiment, ExperimentHandle, RunFiles
@@ -24,10 +25,13 @@ from fedsim.federation.server import Server
 from fedsim.federation.setup import Setup
 from fedsim.federation.tracker import Tracker
 from fedsim.launch.record import open_record, store_of
+from fedsim.launch.signals import own_handlers
 from fedsim.models.encoders.threads import available_cores
 from fedsim.tracking.mlflow_tracker import MlflowTracker
 from fedsim.tracking.null_tracker import NullTracker
 from fedsim.tracking.store import RunHandle, check_store, warm_up
+
+log = logging.getLogger(__name__)
 
 
 class StoppedEarly(Exception):
@@ -66,6 +70,8 @@ def open_experiment(
         run_dir=run_dir,
         checkpoint_every=config.experiment.checkpoint_every,
         last_round=config.federation.global_rounds,
+        keep_last=config.experiment.keep_last,
+        keep_best=config.experiment.keep_best,
     )
     record = partial(_record, setup, run_dir, mlflow_run_id, parent)
     if config.tracking.enabled:
@@ -88,16 +94,15 @@ def open_experiment(
 
     if config.tracking.enabled:
         Thread(target=warm_up, args=(store_of(setup, run_dir, parent),)).start()
-    started = start_ray(address=resources.address, num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
+    with own_handlers():
+        started = start_ray(address=resources.address, num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
     try:
-        # Ray put a handler of its own in place, which ends the process without a word to MLflow.
-        with ended_by_signals() if started else nullcontext():
-            if started:
-                check_fits(demand_of(setup))
-            recorded = record()
-            remote = partial(RemoteExperiment, setup, files, recorded, state=state, status=status)
-            with _closing(remote, recorded) as experiment:
-                yield experiment
+        if started:
+            check_fits(demand_of(setup))
+        recorded = record()
+        remote = partial(RemoteExperiment, setup, files, recorded, state=state, status=status)
+        with _closing(remote, recorded) as experiment:
+            yield experiment
     finally:
         if started:
             stop_ray()
@@ -114,6 +119,7 @@ def _closing(make: Callable[[], ExperimentHandle], tracker: Tracker) -> Iterator
         tracker.finish("FINISHED", {}, {"fedsim.stopped_early": "true"})
         raise
     except (KeyboardInterrupt, SystemExit):
+        _stop(experiment)
         tracker.finish("KILLED", {}, {})
         raise
     except BaseException:
@@ -122,6 +128,15 @@ def _closing(make: Callable[[], ExperimentHandle], tracker: Tracker) -> Iterator
     finally:
         if experiment is not None:
             experiment.close()
+
+
+def _stop(experiment: ExperimentHandle | None) -> None:
+    """Keep the last finished round of an interrupted run."""
+    try:
+        if experiment is not None:
+            experiment.stop()
+    except FedsimError as error:
+        log.warning("the last finished round has no checkpoint: %s", error)
 
 
 @contextmanager
@@ -139,27 +154,3 @@ def _record(setup: Setup, run_dir: Path, mlflow_run_id: str | None, parent: RunH
     """The tracker of a run, opened."""
     handle = open_record(setup, run_dir, kind="trial" if parent else "run", run_id=mlflow_run_id, parent=parent)
     return MlflowTracker(handle) if handle else NullTracker()
-
-
-@contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """SIGTERM ends a run like Ctrl-C does: cleanly, and marked KILLED."""
-    received: list[int] = []
-
-    def stop(number: int, frame: object) -> None:
-        received.append(number)
-        raise SystemExit(128 + number)
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread, where signals aren't ours
-        yield
-        return
-    try:
-        yield
-    except SystemExit:
-        if received:  # Ray's waiting calls turn every exit code into 1
-            raise SystemExit(128 + received[0]) from None
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)

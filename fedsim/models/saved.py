@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fedsim.errors import ModelError
 from fedsim.models.adapters import Adapter, HeadSpec, make_adapter, stack
+from fedsim.models.guarded_files import check_seal, read_json, read_tensors, sealed
 from fedsim.types import AdapterState
 
 FORMAT = 1
@@ -89,7 +89,8 @@ def save_adapter(folder: Path, adapter: Adapter, state: AdapterState, *, info: M
         partial = folder / f".{name}.safetensors.partial"
         save_file(table, partial)
         os.replace(partial, folder / f"{name}.safetensors")
-    _write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    config["sha256"] = {name: _sha256(folder / f"{name}.safetensors") for name in ("adapter", "constants")}
+    _write_text(folder / "config.json", json.dumps(sealed(config), indent=2) + "\n")
     _write_text(folder / "README.md", _model_card(config, sum(t.numel() for t in tensors.values())))
 
 
@@ -101,10 +102,16 @@ def load_adapter(path: str | Path) -> SavedAdapter:
     """
     folder = Path(path)
     try:
-        config = json.loads((folder / "config.json").read_text())
-        state, centre = load_file(folder / "adapter.safetensors"), load_file(folder / "constants.safetensors")
+        config = read_json(folder / "config.json")
+        state, centre = (read_tensors(folder / f"{name}.safetensors") for name in ("adapter", "constants"))
         if config["format"] != FORMAT:
             raise ModelError(f"{folder}: adapter format {config['format']}, this fedsim reads format {FORMAT}")
+        check_seal(config)
+        expected = config["digest"]
+        for name in ("adapter", "constants"):
+            written = config.get("sha256", {}).get(name)  # an earlier fedsim wrote none
+            if written not in (None, _sha256(folder / f"{name}.safetensors")):
+                raise _damaged(folder, name)
         specs = {
             head: HeadSpec(**{**spec, "shape": tuple(spec["shape"]), "hidden": tuple(spec["hidden"])})
             for head, spec in config["heads"].items()
@@ -112,12 +119,25 @@ def load_adapter(path: str | Path) -> SavedAdapter:
         input_shape = (int(config["input_shape"][0]), int(config["input_shape"][1]))
         scale = {head: float(config["scale"][head]) for head in specs}
         adapter = make_adapter(input_shape, specs, centre=centre, scale=scale)
-        expected = config["digest"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        raise ModelError(f"{folder} is not a readable adapter folder ({type(error).__name__}: {error})") from error
-    if expected != digest(state):
-        raise ModelError(f"{folder}/adapter.safetensors doesn't match the digest in config.json: the file is damaged")
+        if expected != digest(state):
+            raise _damaged(folder, "adapter")
+        wanted = {name: tensor.shape for name, tensor in adapter.init(0).items()}
+        found = {name: tensor.shape for name, tensor in state.items() if not name.startswith("encoder.")}
+        if wanted != found:
+            raise ValueError("its tensors aren't those of its heads")
+    # Sizes that no tensor can have are errors of torch.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{folder} is not a readable adapter folder ({type(error).__name__}: {reason})") from error
     return SavedAdapter(adapter, state, config)
+
+
+def _damaged(folder: Path, name: str) -> ModelError:
+    return ModelError(f"{folder}/{name}.safetensors doesn't match the digest in config.json: the file is damaged")
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -16,6 +16,7 @@ from ray import tune
 from fedsim.config import Config
 from fedsim.errors import ConfigError, FedsimError
 from fedsim.federation.run_directory import create_run_directory
+from fedsim.federation.run_lock import locked
 from fedsim.federation.setup import Setup, prepare
 from fedsim.launch.session import StoppedEarly, open_experiment
 from fedsim.search.records import TrialEnd, write_end
@@ -87,9 +88,10 @@ def run_trial(plan: TrialPlan, sample: Mapping[str, Any], trial: str) -> Generat
     run_dir = plan.trials_dir / trial
     try:
         config = trial_config(plan.config, parameters(plan.config.search.space, sample))
-        create_run_directory(run_dir, config)
-        with _log_file(run_dir / "trial.log"):
-            yield from _rounds(plan, config, run_dir)
+        with locked(run_dir, new=True):
+            create_run_directory(run_dir, config)
+            with _log_file(run_dir / "trial.log"):
+                yield from _rounds(plan, config, run_dir)
     except StoppedEarly:
         write_end(run_dir, TrialEnd("stopped early"))
         raise

@@ -25,7 +25,7 @@ from fedsim.federation.run_directory import write_text
 from fedsim.federation.setup import Setup
 from fedsim.federation.setup import prepare as prepare_quietly
 from fedsim.launch.auto import settle
-from fedsim.launch.session import ended_by_signals
+from fedsim.launch.signals import ended_by_signals
 from fedsim.search.display import SearchDisplay
 from fedsim.search.parent import ParentRun
 from fedsim.search.records import SearchRecord, TrialRecord, write_search

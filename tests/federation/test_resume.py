@@ -27,7 +27,9 @@ from worlds import (
 )
 
 from fedsim.errors import CheckpointError
-from fedsim.federation.checkpoint import ServerState, load_checkpoint, newest_checkpoint, save_checkpoint
+from fedsim.federation.checkpoint import ServerState, load_checkpoint, save_checkpoint
+from fedsim.federation.checkpoint_files import newest_checkpoint
+from fedsim.models.guarded_files import sealed
 from fedsim.models.saved import digest
 
 NO_STEP = "feda2v.global_model_train=false"
@@ -266,11 +268,14 @@ def test_a_run_killed_in_the_middle_of_a_round_goes_on_bit_for_bit(setup, tmp_pa
 
 @pytest.fixture
 def saved(setup, tmp_path):
-    """Run directory with the checkpoints of rounds 1 and 2, of a run with generator."""
+    """Run directory with the checkpoints of rounds 1 and 2, of a run with generator; that of round 1 is damaged."""
     server = make_server(setup)
     for _ in range(2):
         server.run_round()
         server.save(tmp_path, mlflow_run_id=None)
+    (tmp_path / "round-1").mkdir()
+    shutil.copytree(tmp_path / "checkpoints" / "round-1", tmp_path / "round-1", dirs_exist_ok=True)
+    (tmp_path / "checkpoints" / "round-1" / "state.json").unlink()
     return tmp_path
 
 
@@ -289,7 +294,7 @@ def test_the_newest_checkpoint_counts_as_a_number(saved):
     newest = saved / "checkpoints" / "round-10"
     shutil.copytree(saved / "checkpoints" / "round-2", newest)
     document = json.loads((newest / "state.json").read_text())
-    (newest / "state.json").write_text(json.dumps(document | {"round": 10}))
+    (newest / "state.json").write_text(json.dumps(sealed(document | {"round": 10})))
     (saved / "checkpoints" / "round-11.bak").mkdir()
     (saved / "checkpoints" / ".round-12.partial").mkdir()
     assert newest_checkpoint(saved) == newest
@@ -315,18 +320,25 @@ def test_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["adapter", "generator", "buffer"])
-def test_damaged_and_missing_tensors_are_named_and_an_earlier_checkpoint_serves(saved, name):
+def test_damaged_and_missing_tensors_are_named_and_an_earlier_checkpoint_serves(saved, name, caplog):
     file = saved / "checkpoints" / "round-2" / f"{name}.safetensors"
     content = file.read_bytes()
-    advice = "delete the folder round-2 to go on from an earlier checkpoint"
-    file.write_bytes(content[:-7])
-    assert f"{file} is damaged or truncated; {advice}" in refusal(saved)
-    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert f"{file} is damaged or truncated; {advice}" in refusal(saved)
-    file.unlink()
-    assert f"{file} is missing; {advice}" in refusal(saved)
-    shutil.rmtree(file.parent)
-    assert loaded(saved).round_number == 1
+    advice = "round-1 can't be read either; no valid checkpoint is left: restore one, or start a new run"
+    earlier = saved / "checkpoints" / "round-1"
+    for damage in (content[:-7], content[:-1] + bytes([content[-1] ^ 1]), None):
+        file.unlink() if damage is None else file.write_bytes(damage)
+        reason = f"{file} is {'missing' if damage is None else 'damaged or truncated'}"
+        assert refusal(saved) == f"{reason}; {advice}"
+        shutil.copytree(saved / "round-1", earlier, dirs_exist_ok=True)
+        caplog.clear()
+        assert loaded(saved).round_number == 1
+        assert [record.getMessage() for record in caplog.records] == [
+            f"passed over a checkpoint: {reason}",
+            "the newest valid checkpoint is round-1",
+        ]
+        (earlier / "state.json").unlink()
+    shutil.rmtree(earlier)
+    assert refusal(saved) == f"{reason}; no valid checkpoint is left: restore one, or start a new run"
 
 
 @pytest.mark.parametrize(
@@ -356,7 +368,7 @@ def test_a_missing_document_is_named(saved):
 
 def rewritten(saved, **changes) -> None:
     file = saved / "checkpoints" / "round-2" / "state.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    file.write_text(json.dumps(sealed(json.loads(file.read_text()) | changes)))
 
 
 def test_another_schema_is_refused(saved):
@@ -388,6 +400,24 @@ def test_a_checkpoint_of_another_configuration_is_refused_naming_the_key(saved, 
     text = refusal(saved, override, *extra)
     assert text.startswith(f"{saved / 'checkpoints' / 'round-2'} belongs to another configuration: ")
     assert message in text
+
+
+def test_a_sound_checkpoint_of_another_fedsim_is_not_passed_over(saved):
+    shutil.copytree(saved / "round-1", saved / "checkpoints" / "round-1", dirs_exist_ok=True)
+    rewritten(saved, schema=99)
+    assert "checkpoint schema 99" in refusal(saved)
+
+
+def test_a_changed_document_does_not_match_its_seal(saved):
+    file = saved / "checkpoints" / "round-2" / "state.json"
+    whole = file.read_text()
+    for changes in ({"mlflow_run_id": "other"}, {"data_fingerprint": "x"}, {"bytes": {}}):
+        file.write_text(json.dumps(json.loads(whole) | changes))
+        assert "it doesn't match its own seal" in refusal(saved)
+    document = json.loads(whole)
+    del document["seal"], document["bytes"]  # as an earlier fedsim wrote it
+    file.write_text(json.dumps(document))
+    assert loaded(saved).round_number == 2
 
 
 def test_several_other_keys_are_counted(saved):
@@ -429,7 +459,7 @@ def test_a_planted_pickle_is_never_opened(saved, tmp_path_factory):
     (folder / "adapter.safetensors").write_bytes(pickle.dumps(Trap(trace)))
     document = json.loads((folder / "state.json").read_text())
     checksum = hashlib.sha256((folder / "adapter.safetensors").read_bytes()).hexdigest()
-    rewritten(saved, sha256=document["sha256"] | {"adapter.safetensors": checksum})
+    rewritten(saved, sha256=document["sha256"] | {"adapter.safetensors": checksum}, bytes={})
     assert "adapter.safetensors is not a readable safetensors file" in refusal(saved)
     assert not trace.exists()
     pickle.loads(pickle.dumps(Trap(trace)))
@@ -438,7 +468,7 @@ def test_a_planted_pickle_is_never_opened(saved, tmp_path_factory):
 
 def test_files_outside_of_the_checkpoint_are_not_read(saved, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside") / "adapter.safetensors"
-    shutil.copy(saved / "checkpoints" / "round-1" / "adapter.safetensors", outside)
+    shutil.copy(saved / "round-1" / "adapter.safetensors", outside)
     document = json.loads((saved / "checkpoints" / "round-2" / "state.json").read_text())
     planted = {str(outside): hashlib.sha256(outside.read_bytes()).hexdigest()}
     rewritten(saved, sha256={k: v for k, v in document["sha256"].items() if "adapter" not in k} | planted)

@@ -17,6 +17,7 @@ from fedsim.federation.checkpoint import load_checkpoint
 from fedsim.federation.generated import GeneratedData
 from fedsim.federation.saved_generators import DOCUMENT, FOLDER, TABLE, open_generators
 from fedsim.federation.setup import Setup, prepare
+from fedsim.models.guarded_files import sealed
 from fedsim.models.saved import digest
 from fedsim.types import flatten_state
 
@@ -195,7 +196,7 @@ def edited(source: Path, target: Path, **changes) -> Path:
     """A copy of a run's generators with other entries in its document."""
     shutil.copytree(source / FOLDER, target / FOLDER)
     document = target / FOLDER / DOCUMENT
-    document.write_text(json.dumps(json.loads(document.read_text()) | changes))
+    document.write_text(json.dumps(sealed(json.loads(document.read_text()) | changes)))
     return target
 
 

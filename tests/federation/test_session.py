@@ -17,6 +17,7 @@ from fedsim.cli import session
 from fedsim.errors import CheckpointError, ConfigError, DataError
 from fedsim.federation.experiment import Experiment, RunFiles, run_rounds
 from fedsim.federation.run_directory import keep_rounds, read_history
+from fedsim.models.guarded_files import sealed
 from fedsim.models.saved import digest, load_adapter
 from fedsim.tracking.null_tracker import NullTracker
 
@@ -130,7 +131,7 @@ def test_resuming_before_the_first_checkpoint_starts_again(finished, tmp_path, c
 def test_resuming_with_other_data_is_refused(finished, tmp_path):
     folder = interrupted(finished, tmp_path, after=2)
     state = next((folder / "checkpoints").glob("round-2")) / "state.json"
-    state.write_text(state.read_text().replace(finished[1]["data_fingerprint"], "0" * 64))
+    state.write_text(json.dumps(sealed(json.loads(state.read_text()) | {"data_fingerprint": "0" * 64})))
     with pytest.raises(CheckpointError, match="made with other data"):
         session.resume(folder)
 
