@@ -9,18 +9,19 @@ from __future__ import annotations
 import json
 import logging
 import platform
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
 from fedsim.algorithms.generator_quality import COLLAPSED
-from fedsim.federation.run_directory import append_round, read_history, write_text
+from fedsim.federation.run_directory import append_round, fault_record, read_history, write_text
 from fedsim.federation.server import Server
 from fedsim.federation.tracker import FinalReport, Tracker
 from fedsim.models.saved import digest, save_adapter
-from fedsim.types import RoundResult
+from fedsim.types import Fault, RoundResult
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +34,13 @@ class RunFiles:
         run_dir: the run directory.
         checkpoint_every: rounds between checkpoints.
         last_round: the round after which a checkpoint is always written.
+        recorded: rounds up to this one are in metrics.jsonl; where they are repeated they aren't added again.
     """
 
     run_dir: Path
     checkpoint_every: int
     last_round: int
+    recorded: int = 0
 
 
 class ExperimentHandle(Protocol):
@@ -72,10 +75,12 @@ class Experiment:
         server: runs rounds.
         files: the run directory and what belongs to it.
         tracker: records numbers and artifacts.
+        faults: what broke before; recorded with the first round that is.
     """
 
-    def __init__(self, server: Server, files: RunFiles, tracker: Tracker) -> None:
+    def __init__(self, server: Server, files: RunFiles, tracker: Tracker, faults: Sequence[Fault] = ()) -> None:
         self._server, self._files, self._tracker = server, files, tracker
+        self._faults = list(faults)
 
     def round(self) -> RoundResult:
         """Run the next round; its numbers are written before its checkpoint.
@@ -84,7 +89,10 @@ class Experiment:
         """
         result = self._server.run_round()
         files = self._files
-        append_round(files.run_dir, result)
+        self._faults += result.faults
+        if result.round_number > files.recorded:
+            result, self._faults = replace(result, faults=tuple(self._faults)), []
+            append_round(files.run_dir, result)
         self._tracker.log_round(result)
         if result.round_number % files.checkpoint_every == 0 or result.round_number == files.last_round:
             self._server.save(files.run_dir, mlflow_run_id=self._mlflow()[0])
@@ -115,6 +123,7 @@ class Experiment:
             "data_fingerprint": setup.data_fingerprint,
             "num_clients": setup.partition.num_clients,
             "privacy": self._server.guarantee(),
+            "faults": count_faults([*history, {"faults": [fault_record(fault) for fault in self._faults]}]),
         }
         if (diversity := metrics.get("generator/diversity")) is not None:
             result["generator_collapsed"] = diversity < COLLAPSED
@@ -123,7 +132,7 @@ class Experiment:
         write_text(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
         self._tracker.log_report(self._report(history))
         final = {f"final/{name.removeprefix('eval/')}": value for name, value in metrics.items() if "eval/" in name}
-        self._tracker.finish(status, final, {"digest": result["digest"]})
+        self._tracker.finish(status, final, {"digest": result["digest"], **_fault_tags(result["faults"])})
         return result
 
     def _mlflow(self) -> tuple[str | None, str | None]:
@@ -147,6 +156,15 @@ class Experiment:
     def close(self) -> None:
         """Free what the server and its pool hold."""
         self._server.close()
+
+
+def count_faults(history: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many faults of every kind a run survived."""
+    return dict(Counter(fault["kind"] for record in history for fault in record.get("faults", ())))
+
+
+def _fault_tags(faults: Mapping[str, int]) -> dict[str, str]:
+    return {"fedsim.faults": ", ".join(f"{count} {kind}" for kind, count in faults.items())} if faults else {}
 
 
 def versions() -> dict[str, str]:
