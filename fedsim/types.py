@@ -298,8 +298,7 @@ class Fault:
 
     Attributes:
         kind: "killed", "out of memory", "node lost", "unreachable" (died without a word of why), "hung", "not started",
-            "slow" (answered after its block had been given to another too), "quarantined", or "server ..." with one of
-            the first four.
+            "quarantined" (its node), "resumed" (the driver was gone), or "server ..." with one of the first four.
         actor: its name, with the process id where it is known.
         node: address and id of its node; "" where it isn't known.
         block: index of the block that it trained, or None.

@@ -28,7 +28,7 @@ def kind_of(error: Exception, node_id: str = "") -> str:
 
 def reason_of(error: Exception) -> str:
     """Why, in one line; Ray's texts begin with generalities and end with advice."""
-    text = re.sub(r"\x1b\[\d+m", "", str(error))
+    text = plain(error)
     if found := re.search(r"Memory on the node .*? was (\S+) used / (\S+) limit.*?(?=\n|$)", text):
         mine = re.search(r"Selected to kill: .*?actual memory used=([\d.]+\s*\w+)", text, re.DOTALL)
         held = f"; the actor held {mine[1]}" if mine else ""
@@ -37,6 +37,11 @@ def reason_of(error: Exception) -> str:
         return f"{found[1]}: {found[2]}"
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     return (lines[-1] if CREATION in text else lines[0])[:200]
+
+
+def plain(error: Exception) -> str:
+    """An error's text without Ray's colours."""
+    return re.sub(r"\x1b\[\d+m", "", str(error))
 
 
 def alive_nodes() -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -54,6 +54,7 @@ class RemoteExperiment:
         tracker: picklable.
         state: where to go on from.
         status: told of the server's status while a round runs.
+        faults: what broke before; recorded with the first round.
 
     Raises:
         ResourceError: the actors don't fit.
@@ -67,12 +68,13 @@ class RemoteExperiment:
         *,
         state: ServerState | None,
         status: Callable[[Mapping[str, Any]], None],
+        faults: Sequence[Fault] = (),
     ) -> None:
         if not ray.util.get_current_placement_group():
             # Inside a placement group (a Tune trial) the group already holds what the actors need.
             check_fits(demand_of(setup))
         self._setup, self._files, self._tracker, self._status = setup, files, tracker, status
-        self._faults: list[Fault] = []
+        self._faults = list(faults)
         self._finished = state.round_number if state else 0
         self._deaths = 0
         self._where = Worker(None, name="server")

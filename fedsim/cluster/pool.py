@@ -21,6 +21,7 @@ from fedsim.algorithms.batches import num_batches
 from fedsim.cluster.client_actor import ClientActor
 from fedsim.cluster.crew import Crew, Worker
 from fedsim.cluster.deadlines import Deadlines
+from fedsim.cluster.faults import plain
 from fedsim.cluster.resources import ACTOR_ENVIRONMENT
 from fedsim.cluster.wire import pack_block, pack_broadcast, unpack_update
 from fedsim.errors import ClientError, FedsimError, ResourceError
@@ -289,7 +290,7 @@ def _told(fault: Fault) -> tuple[str, str, str]:
 
 def _client_error(error: RayTaskError, block: Block, round_number: int, worker: Worker) -> Exception:
     """The cause, with the actor; the client's own traceback goes to the log."""
-    log.error("client code failed on %s (pid %d, node %s):\n%s", worker.name, worker.pid, worker.node, error)
+    log.error("client code failed on %s (pid %d, node %s):\n%s", worker.name, worker.pid, worker.node, plain(error))
     cause, where = getattr(error, "cause", None), f"on {worker.name}, node {worker.node}"
     if isinstance(cause, ClientError):
         return ClientError(f"{cause} ({where})")

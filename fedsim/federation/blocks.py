@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -92,6 +93,7 @@ class BlockTrainer:
         except FedsimError:
             raise
         except Exception as error:
+            log.error("client code failed:\n%s", traceback.format_exc())
             clients = self._failing(block, broadcast, data)
             raise ClientError(
                 f"local training failed in round {broadcast.round_number}, block {block.index}, "

@@ -210,6 +210,25 @@ def test_a_failing_client_is_named_with_its_round(cluster, setup):
         run(wild, 1, pool=pool)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_actors", "block_size"), [(1, 4), (3, 1)])
+def test_a_client_that_fails_is_dropped_with_the_same_bits(cluster, setup, tmp_path, caplog, num_actors, block_size):
+    rows = np.random.default_rng(0).standard_normal((42, 4, 32), dtype=np.float32)
+    rows[12:18] *= 1e37  # client 2: sums overflow
+    clients = [range(6 * k, 6 * k + 6) for k in range(7)]
+    world = hand_made(setup, tmp_path, rows=rows, labels=np.arange(42) % 4, clients=clients)
+    drop = ("federation.on_client_error=drop", "federation.quorum=0.8", *SERVER_STEP)
+    world = replace(world, test_rows=np.arange(4), config=reconfigured(setup, *drop).config)
+    here, results = run(world, 2)
+    blocks = replace(world, config=reconfigured(setup, *drop, f"resources.block_size={block_size}").config)
+    with ray_pool(blocks, num_actors) as pool, caplog.at_level(logging.WARNING, logger="fedsim"):
+        there, again = run(blocks, 2, pool=pool)
+    assert [[lost.client for lost in result.lost] for result in again] == [[2], [2]]
+    assert digest(there.state.adapter) == digest(here.state.adapter)
+    assert numbers(again) == numbers(results)
+    assert "client 2 is dropped: client 2, round 1, phase local training: non-finite update" in caplog.text
+
+
 def test_a_bug_in_client_code_is_an_error_at_once_with_clients_and_round(cluster, setup, caplog):
     server = make_server(setup)
     narrow = {name: tensor[:1] for name, tensor in server.state.adapter.items()}
@@ -224,7 +243,7 @@ def test_a_bug_in_client_code_is_an_error_at_once_with_clients_and_round(cluster
     ):
         list(pool.train([block], Broadcast(5, 7, narrow)))
     assert "client code failed on client-0 (pid " in caplog.text  # and the client's own traceback
-    assert 'local_training.py", line ' in caplog.text
+    assert 'mlp.py", line ' in caplog.text
     assert "died" not in caplog.text
 
 
