@@ -34,7 +34,7 @@ SETTINGS = {
     "experiment.checkpoint_every": 2,
     "federation.num_clients": 8,
     "federation.global_rounds": 6,
-    "federation.local_epochs": 60,
+    "federation.local_epochs": 30,
     "model.heads": "{clip: [16], t5: [4, 16]}",
     "model.audio_encoder.name": "logmel",
     "model.audio_encoder.segments": 4,
@@ -67,7 +67,7 @@ HEALTH = {
     "RAY_health_check_failure_threshold": "2",
     "RAY_AUTH_MODE": "disabled",
 }
-PATIENCE_S = 300.0
+PATIENCE_S = 900.0
 
 
 class Run:
@@ -252,7 +252,8 @@ def main() -> None:
     options = parser.parse_args()
     random.seed(options.seed)
     with tempfile.TemporaryDirectory(prefix="fedsim-chaos-") as folder:
-        calm = Run(Path(folder) / "calm", start(Path(folder) / "calm", settings={"resources.client_actors": 0}))
+        here = {"resources.client_actors": 0, "resources.num_cpus": 1, "tracking.enabled": "false"}
+        calm = Run(Path(folder) / "calm", start(Path(folder) / "calm", settings=here))
         if calm.end():
             raise SystemExit(calm.text)
         digest = json.loads((calm.folder / "result.json").read_text())["digest"]
