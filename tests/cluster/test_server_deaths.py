@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import threading
-import time
 
 import pytest
 from processes import actors, kill, wait_for
@@ -93,8 +92,8 @@ def test_a_server_that_dies_while_it_writes_the_results_writes_them_again(cluste
         killer.start()
         final = experiment.finish("FINISHED")
         killer.join()
-        time.sleep(0)
     finally:
         experiment.close()
     assert final["digest"] == digest(reference.state.adapter)
+    assert final["faults"] == {"server killed": 1}
     assert [record["round"] for record in read_history(tmp_path)] == [1]
