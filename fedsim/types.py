@@ -268,6 +268,7 @@ class BlockUpdate:
             (int64).
         kept: the clients' new control variates [K, P], float32; None where they keep none.
         generators: the networks that clients keep, trained on, flat rows like the block's.
+        dropped: clients of the block that failed and are in nothing of the above (`federation.on_client_error: drop`).
     """
 
     index: int
@@ -280,6 +281,7 @@ class BlockUpdate:
     sums: AdapterState = field(default_factory=dict)
     kept: np.ndarray | None = None
     generators: np.ndarray | None = None
+    dropped: tuple[LostClient, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -287,6 +289,28 @@ class LostClient:
     """A client of the cohort from which no update came."""
 
     client: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that broke on the way and that the run survived.
+
+    Attributes:
+        kind: "killed", "out of memory", "node lost", "unreachable" (died without a word of why), "hung", "not started",
+            "quarantined" (its node), "resumed" (the driver was gone), or "server ..." with one of the first four.
+        actor: its name, with the process id where it is known.
+        node: address and id of its node; "" where it isn't known.
+        block: index of the block that it trained, or None.
+        round_number: the round that was under way.
+        reason: what was seen, in one line.
+    """
+
+    kind: str
+    actor: str
+    node: str
+    block: int | None
+    round_number: int
     reason: str
 
 
@@ -302,6 +326,7 @@ class RoundResult:
         seconds: wall seconds by phase.
         bytes_up, bytes_down: bytes that the cohort's clients would send (delta and class statistics of each; without
             local epochs no delta) and receive (the adapter), without transport overhead.
+        faults: what broke in the round without changing its numbers.
     """
 
     round_number: int
@@ -311,3 +336,4 @@ class RoundResult:
     seconds: Mapping[str, float]
     bytes_up: int
     bytes_down: int
+    faults: tuple[Fault, ...] = ()

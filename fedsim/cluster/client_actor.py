@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from threading import Lock
 from typing import Any
@@ -32,9 +33,9 @@ class ClientActor:
         self._preparing, self._training = Lock(), Lock()
         self._unpacked: tuple[str, Broadcast] | None = None
 
-    def ready(self) -> bool:
-        """Answer once the constructor is through."""
-        return True
+    def ready(self) -> tuple[str, str, int]:
+        """Where it lives, once the constructor is through: node id, address, process id."""
+        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), os.getpid()
 
     def train(self, block: Any, message: Sequence[Any]) -> dict[str, Any]:
         """One block: packed in, packed out.

@@ -4,29 +4,50 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from fedsim.cluster.crew import Worker
+from fedsim.cluster.faults import kind_of, reason_of
 from fedsim.cluster.resources import ACTOR_ENVIRONMENT, Demand, check_fits
 from fedsim.cluster.server_actor import ServerActor
 from fedsim.errors import FedsimError, ResourceError
-from fedsim.federation.checkpoint import ServerState
+from fedsim.federation.checkpoint import ServerState, load_checkpoint
+from fedsim.federation.checkpoint_files import has_checkpoint
 from fedsim.federation.experiment import RunFiles
+from fedsim.federation.run_directory import last_recorded
 from fedsim.federation.setup import Setup
 from fedsim.federation.tracker import Tracker
-from fedsim.types import RoundResult
+from fedsim.types import Fault, RoundResult
 
 POLL_S = 0.5
 """A poll costs driver and server 5 ms of CPU: one per cent where they share the cores with clients."""
+MAX_SERVER_DEATHS = 4
+"""So many without a finished round in between end the run: the server itself is what fails."""
+GONE_S = 120.0
+"""How long a silent server may take to be declared dead; Ray needs about 65 s for a node whose link is cut."""
 log = logging.getLogger(__name__)
+
+
+class ServerDeath(ResourceError):
+    """The server actor died."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        self.kind, self.reason = kind, reason
+        super().__init__(f"the server actor died ({kind}: {reason}); go on with `fedsim resume`")
 
 
 class RemoteExperiment:
     """Starts the server actor (which starts the client actors) and passes calls on; prints its log records here.
+
+    A server actor that dies is started again from the newest checkpoint, and the rounds since are repeated: they have
+    the same bits, and are recorded once.
 
     Args:
         setup: what `prepare` made.
@@ -34,6 +55,7 @@ class RemoteExperiment:
         tracker: picklable.
         state: where to go on from.
         status: told of the server's status while a round runs.
+        faults: what broke before; recorded with the first round.
 
     Raises:
         ResourceError: the actors don't fit.
@@ -47,14 +69,22 @@ class RemoteExperiment:
         *,
         state: ServerState | None,
         status: Callable[[Mapping[str, Any]], None],
+        faults: Sequence[Fault] = (),
     ) -> None:
-        resources = setup.config.resources
         if not ray.util.get_current_placement_group():
             # Inside a placement group (a Tune trial) the group already holds what the actors need.
             check_fits(demand_of(setup))
-        self._status = status
+        self._setup, self._files, self._tracker, self._status = setup, files, tracker, status
+        self._faults = list(faults)
+        self._finished = state.round_number if state else 0
+        self._deaths = 0
+        self._where = Worker(None, name="server")
+        self._actor = self._start(files, state)
+
+    def _start(self, files: RunFiles, state: ServerState | None) -> Any:
+        resources = self._setup.config.resources
         level = logging.getLogger("fedsim").getEffectiveLevel()
-        self._actor = (
+        actor = (
             ray.remote(ServerActor)
             .options(
                 num_cpus=resources.server_cpus,
@@ -62,27 +92,84 @@ class RemoteExperiment:
                 max_concurrency=2,
                 runtime_env={"env_vars": ACTOR_ENVIRONMENT},
             )
-            .remote(setup, files, tracker, state, resources.server_gpus, level)
+            .remote(self._setup, files, self._tracker, state, resources.server_gpus, level, tuple(self._faults))
         )
+        self._actor, self._where = actor, Worker(actor, name="server")
         try:
-            self._wait(self._actor.ready.remote(), poll=False)
+            where = self._wait(actor.ready.remote(), poll=False)
         except BaseException:
-            ray.kill(self._actor)
+            ray.kill(actor)
             raise
+        self._where.node_id, self._where.address, self._where.pid = where
+        return actor
 
     def round(self) -> RoundResult:
         """Run the next round; status and log records arrive meanwhile."""
-        result: RoundResult = self._wait(self._actor.round.remote())
+        result: RoundResult = self._lasting(lambda: self._wait(self._actor.round.remote()))
+        self._finished, self._deaths, self._faults = result.round_number, 0, []
         return result
 
     def finish(self, status: str) -> dict[str, Any]:
         """Write the results."""
-        result: dict[str, Any] = self._wait(self._actor.finish.remote(status))
+        result: dict[str, Any] = self._lasting(lambda: self._wait(self._actor.finish.remote(status)))
         return result
 
     def stop(self) -> None:
         """Write a checkpoint of the last finished round where there is none; the round under way is abandoned."""
         self._wait(self._actor.stop.remote(), poll=False)
+
+    def _lasting(self, call: Callable[[], Any]) -> Any:
+        """The result of a call, with as many server actors as it takes.
+
+        Raises:
+            ResourceError: `MAX_SERVER_DEATHS` died without a round in between.
+        """
+        try:
+            return call()
+        except ServerDeath as death:
+            error = death
+        while True:
+            self._deaths += 1
+            fault = self._where.fault(f"server {error.kind}", self._finished + 1, None, error.reason)
+            if self._deaths >= MAX_SERVER_DEATHS:
+                raise ResourceError(
+                    f"the server actor died {self._deaths} times in round {self._finished + 1} ({error.kind}: "
+                    f"{error.reason}); go on with `fedsim resume`"
+                ) from error
+            self._faults.append(fault)
+            try:
+                self._restart(fault)
+                return call()
+            except ServerDeath as death:
+                error = death
+
+    def _restart(self, fault: Fault) -> None:
+        """A new server actor at the last finished round."""
+        run_dir, start = self._files.run_dir, time.monotonic()
+        state = load_checkpoint(run_dir, self._setup.config)[0] if has_checkpoint(run_dir) else None
+        first = state.round_number + 1 if state else 1
+        log.warning(
+            "server actor died in round %d: %s on %s: %s; it is started again from round %d%s",
+            fault.round_number, fault.actor, fault.node or "unknown node", f"{fault.kind}: {fault.reason}", first - 1,
+            f", rounds {first} to {self._finished} are repeated" if first <= self._finished else "",
+        )  # fmt: skip
+        self._end(self._actor)
+        self._start(replace(self._files, recorded=last_recorded(run_dir)), state)
+        for _ in range(first, self._finished + 1):
+            self._wait(self._actor.round.remote())
+        log.warning("server actor is up again, %.1f s after its death", time.monotonic() - start)
+
+    def _end(self, actor: Any) -> None:
+        """Return when Ray says that an actor is dead: two servers would write into one directory."""
+        ray.kill(actor)
+        end = time.monotonic() + GONE_S
+        while (found := ray._private.state.actors(actor._actor_id.hex())) and found.get("State") != "DEAD":
+            if time.monotonic() > end:
+                raise ResourceError(
+                    f"the server actor doesn't answer, and after {GONE_S:g} s Ray can't say that it is dead; go on "
+                    "with `fedsim resume` when its node is back or gone"
+                )
+            time.sleep(0.1)
 
     def close(self) -> None:
         """End all actors."""
@@ -103,9 +190,7 @@ class RemoteExperiment:
             cause = getattr(error, "cause", None)
             raise cause if isinstance(cause, FedsimError) else error from None
         except RayActorError as error:
-            # The cause stands at the end of Ray's text, after the traceback.
-            cause = (str(error).strip().splitlines() or ["no reason given"])[-1]
-            raise ResourceError(f"the server actor died ({cause[-300:]}); go on with `fedsim resume`") from error
+            raise ServerDeath(kind_of(error, self._where.node_id), reason_of(error)) from error
         self._relay(timeout=60.0)
         return result
 

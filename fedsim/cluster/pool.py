@@ -1,12 +1,14 @@
 """Client actors that pull blocks: the Ray side of `ClientPool`.
 
 An exception in client code is a bug and is raised at once. A dead actor is weather: its block runs elsewhere with the
-same bits, and a fresh actor takes its place.
+same bits, and a fresh actor takes its place. So is one that hangs: its block is given to another too, and the first
+answer counts.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,30 +17,29 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
+from fedsim.algorithms.batches import num_batches
 from fedsim.cluster.client_actor import ClientActor
+from fedsim.cluster.crew import Crew, Worker
+from fedsim.cluster.deadlines import Deadlines
+from fedsim.cluster.faults import plain
 from fedsim.cluster.resources import ACTOR_ENVIRONMENT
 from fedsim.cluster.wire import pack_block, pack_broadcast, unpack_update
 from fedsim.errors import ClientError, FedsimError, ResourceError
 from fedsim.federation.pool import LostBlock, longest_first
 from fedsim.federation.setup import Setup
-from fedsim.types import Block, BlockUpdate, Broadcast
+from fedsim.types import Block, BlockUpdate, Broadcast, Fault
 
 log = logging.getLogger(__name__)
 WEATHER = (RayActorError, ObjectLostError, OutOfMemoryError)
-MAX_FAILED_STARTS = 3
 BLOCKS_IN_FLIGHT = 2
 """Per actor: one that trains, and one whose rows are prepared meanwhile."""
+POLL_S = 1.0
+"""How often limits are looked at while nothing arrives."""
+NOBODY_UP_S = 60.0
+"""After so long without any actor the log says so, again and again."""
 
 
 @dataclass(eq=False)
-class Worker:
-    """A client actor and the positions of its blocks by call, the oldest first: that one trains, the other waits."""
-
-    actor: Any
-    calls: dict[Any, int] = field(default_factory=dict)
-
-
-@dataclass
 class Round:
     """The blocks of one round: which are still to be handed out, and how often an actor died training one.
 
@@ -48,6 +49,8 @@ class Round:
         message: the packed broadcast, as the one reference in a list.
         todo: positions in `blocks`, in the order in which they are handed out.
         deaths: by position.
+        closed: positions that were answered or lost; later answers are ignored.
+        broken: when a position's first actor died or hung, on the clock `time.monotonic`.
     """
 
     number: int
@@ -55,6 +58,20 @@ class Round:
     message: list[Any]
     todo: deque[int]
     deaths: Counter[int] = field(default_factory=Counter)
+    closed: set[int] = field(default_factory=set)
+    broken: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A block that was handed out: of which round, at which position, and its predicted cost in batches."""
+
+    round: Round
+    position: int
+    cost: float
+
+
+Answer = BlockUpdate | LostBlock | Fault
 
 
 def next_worker(workers: Sequence[Worker], *, waiting: int, total: int) -> Worker | None:
@@ -68,7 +85,7 @@ def next_worker(workers: Sequence[Worker], *, waiting: int, total: int) -> Worke
         waiting: blocks not handed out.
         total: actors, also those that are still starting.
     """
-    free = min(workers, key=lambda worker: len(worker.calls), default=None)
+    free = min((worker for worker in workers if not worker.overdue), key=lambda worker: len(worker.calls), default=None)
     if free is None or len(free.calls) >= (BLOCKS_IN_FLIGHT if waiting > total else 1):
         return None
     return free
@@ -85,123 +102,199 @@ class RayPool:
     """
 
     def __init__(self, setup: Setup, *, num_actors: int, cpus: float, gpus: float, max_attempts: int) -> None:
-        self._setup_ref = ray.put(setup)
-        self._gpus, self._max_attempts = gpus, max_attempts
-        self._remote_class = ray.remote(ClientActor).options(
+        self._setup, self._max_attempts = setup, max_attempts
+        self._deadlines = Deadlines(setup.config.resources.block_timeout)
+        remote_class = ray.remote(ClientActor).options(
             num_cpus=cpus,
             num_gpus=gpus,
             max_restarts=0,
             max_concurrency=BLOCKS_IN_FLIGHT,
             runtime_env={"env_vars": ACTOR_ENVIRONMENT},
         )
-        self._workers: list[Worker] = []
-        self._starting: dict[Any, Any] = {}
-        self._failed_starts = 0
-        for _ in range(num_actors):
-            self._spawn()
+        # One more than a block's attempts: a block that kills its actors is lost before a node is blamed for it.
+        self.crew = Crew(remote_class, (ray.put(setup), gpus), num_actors=num_actors, max_deaths=max_attempts + 1)
+        self._last_up = time.monotonic()
 
-    def _spawn(self) -> None:
-        actor = self._remote_class.remote(self._setup_ref, self._gpus)
-        self._starting[actor.ready.remote()] = actor
-
-    def train(self, blocks: Sequence[Block], broadcast: Broadcast) -> Iterator[BlockUpdate | LostBlock]:
+    def train(self, blocks: Sequence[Block], broadcast: Broadcast) -> Iterator[Answer]:
         """Yield updates as they arrive; a pool whose iterator was left before its end can only be closed.
 
         Raises:
             ClientError: client code raised.
-            ResourceError: actors can't be started.
+            ResourceError: actors can't be started, or none is left.
         """
         message = [ray.put(pack_broadcast(broadcast))]
         this = Round(broadcast.round_number, blocks, message, deque(longest_first(blocks)))
-        while this.todo or any(worker.calls for worker in self._workers):
+        while len(this.closed) < len(blocks):
+            self._require_somebody(this)
             self._hand_out(this)
-            under_way = {call: worker for worker in self._workers for call in worker.calls}
-            (ready,), _ = ray.wait([*under_way, *self._starting], num_returns=1)
-            if ready in self._starting:
-                self._started(ready)
+            yield from self._look_at_limits(this)
+            under_way = {call: worker for worker in self.crew.workers for call in worker.calls}
+            came, _ = ray.wait([*under_way, *self.crew.starting], num_returns=1, timeout=POLL_S)
+            if not came:
+                continue
+            ready = came.pop()
+            if ready in self.crew.starting:
+                yield from self.crew.started(ready, this.number)
                 continue
             worker = under_way[ready]
+            task = worker.calls[ready]
             try:
                 update = self._answer(worker, ready, this)
             except WEATHER as error:
                 yield from self._after_death(worker, error, this)
-            else:
-                del under_way, ready  # or the object store would keep the answer while the server works on it
+                continue
+            del under_way, ready  # or the object store would keep the answer while the server works on it
+            if update is not None:
                 yield update
+                del update
+                yield from self._end_hung(task)
 
     def _hand_out(self, this: Round) -> None:
-        total = len(self._workers) + len(self._starting)
-        while this.todo and (worker := next_worker(self._workers, waiting=len(this.todo), total=total)):
+        workers, total = self.crew.workers, len(self.crew)
+        while this.todo and (worker := next_worker(workers, waiting=len(this.todo), total=total)):
             position = this.todo.popleft()
-            worker.calls[worker.actor.train.remote(pack_block(this.blocks[position]), this.message)] = position
+            if position in this.closed:
+                continue
+            block = this.blocks[position]
+            counts = self._setup.partition.counts_of(block.client_ids)
+            cost = float(num_batches(counts, self._setup.config.training.batch_size).sum())
+            if not worker.calls:
+                worker.since = time.monotonic()
+            worker.calls[worker.actor.train.remote(pack_block(block), this.message)] = Task(this, position, cost)
 
-    def _answer(self, worker: Worker, call: Any, this: Round) -> BlockUpdate:
-        """The update of a call that has come back; the call stays with its worker where the worker is dead."""
+    def _answer(self, worker: Worker, call: Any, this: Round) -> BlockUpdate | None:
+        """The update of a call that has come back, None where it is no longer asked for.
+
+        The call stays with its worker where the worker is dead.
+        """
+        task: Task = worker.calls[call]
+        wanted = task.round is this and task.position not in this.closed
         try:
             update = unpack_update(ray.get(call))
         except RayTaskError as error:
-            raise _client_error(error, this.blocks[worker.calls[call]], this.number) from error
-        del worker.calls[call]
-        return update
+            if wanted:
+                raise _client_error(error, this.blocks[task.position], this.number, worker) from error
+            worker.answered(call)
+            return None
+        if worker.overdue and wanted:
+            log.warning("%s was slow, it doesn't hang: its answer came first", worker.name)
+        self._deadlines.measured(worker.answered(call), task.cost)
+        if wanted:
+            this.closed.add(task.position)
+            if (since := this.broken.get(task.position)) is not None:
+                index, after = this.blocks[task.position].index, time.monotonic() - since
+                log.info("block %d of round %d is done by %s, %.1f s later", index, this.number, worker.name, after)
+        return update if wanted else None
 
-    def _started(self, ready: Any) -> None:
-        actor = self._starting.pop(ready)
-        try:
-            ray.get(ready)
-        except RayActorError as error:
-            self._failed_starts += 1
-            if self._failed_starts >= MAX_FAILED_STARTS:
-                reason = " ".join(str(error).split())[-300:]
-                raise ResourceError(
-                    f"client actors can't be started ({self._failed_starts} tries): {reason}"
-                ) from error
-            ray.kill(actor)
-            self._spawn()
-        else:
-            self._failed_starts = 0
-            self._workers.append(Worker(actor))
+    def _require_somebody(self, this: Round) -> None:
+        now = time.monotonic()
+        if self.crew.workers:
+            self._last_up = now
+        elif not self.crew.starting:
+            raise ResourceError(
+                f"round {this.number}: no client actor is left, all have died too often (see the log); go on with "
+                "`fedsim resume` when the nodes are mended"
+            )
+        elif now - self._last_up > NOBODY_UP_S:
+            log.warning("no client actor is up: %d wait for free CPUs or GPUs", len(self.crew.starting))
+            self._last_up = now
 
-    def _after_death(self, worker: Worker, error: Exception, this: Round) -> Iterator[BlockUpdate | LostBlock]:
+    def _look_at_limits(self, this: Round) -> Iterator[Answer]:
+        """Give what takes too long to others too; end what takes twice as long, or that nobody else can do."""
+        for worker in [worker for worker in self.crew.workers if worker.calls]:
+            task: Task = next(iter(worker.calls.values()))
+            limit, taken = self._deadlines.limit(task.cost), time.monotonic() - worker.since
+            if taken <= limit:
+                continue
+            others = [other for other in self.crew.workers if other is not worker and not other.overdue]
+            if taken > 2 * limit or not others:
+                yield from self._after_death(worker, None, this)
+            elif not worker.overdue:
+                worker.overdue = True
+                log.warning(
+                    "block %d of round %d has been with %s for %.1f s (limit %.1f s): it is tried elsewhere too",
+                    task.round.blocks[task.position].index, task.round.number, worker.name, taken, limit,
+                )  # fmt: skip
+                again = self._open_positions(worker, this)
+                this.todo.extendleft(reversed(again))
+                this.broken |= {position: time.monotonic() for position in again if position not in this.broken}
+
+    def _open_positions(self, worker: Worker, this: Round) -> list[int]:
+        """Positions of this round that a worker has, and nobody else has or has answered."""
+        elsewhere = {
+            t.position for w in self.crew.workers if w is not worker for t in w.calls.values() if t.round is this
+        }
+        mine = [task.position for task in worker.calls.values() if task.round is this]
+        return [p for p in mine if p not in this.closed and p not in elsewhere and p not in this.todo]
+
+    def _end_hung(self, task: Task) -> Iterator[Answer]:
+        """End who sits on a block that another one has answered meanwhile."""
+        for worker in [worker for worker in self.crew.workers if worker.overdue and worker.calls]:
+            oldest: Task = next(iter(worker.calls.values()))
+            if oldest.round is task.round and oldest.position == task.position:
+                yield from self._after_death(worker, None, task.round)
+
+    def _after_death(self, worker: Worker, error: Exception | None, this: Round) -> Iterator[Answer]:
         """Replace the actor and put its blocks back; the oldest one, which was training, has used up an attempt.
 
         An answer that was still on its way makes its block the oldest one: it pays for the next, which is tried first
-        from then on, so that nobody pays twice for another.
+        from then on, so that nobody pays twice for another. Without an error the actor hangs.
         """
-        self._workers.remove(worker)
-        ray.kill(worker.actor)
-        self._spawn()
         # What it finished before it died is as good as ever.
         done, _ = ray.wait(list(worker.calls), num_returns=len(worker.calls), timeout=0)
         for call in done:
             try:
-                yield self._answer(worker, call, this)
+                update = self._answer(worker, call, this)
             except WEATHER:
                 continue
-        if not worker.calls:
+            if update is not None:
+                yield update
+        if error is None and done:
+            return  # it doesn't hang after all
+        oldest: Task | None = next(iter(worker.calls.values()), None)
+        block = None if oldest is None else oldest.round.blocks[oldest.position].index
+        again = self._open_positions(worker, this)
+        fault, *others = self.crew.bury(worker, error, this.number, block)
+        yield fault
+        yield from others
+        training = None if oldest is None or oldest.round is not this else oldest.position
+        if training is None or training in this.closed:
+            log.warning("client actor died in round %d: %s on %s: %s", this.number, *_told(fault))
+            this.todo.extendleft(reversed(again))
             return
-        training, *untouched = worker.calls.values()
-        this.todo.extendleft(reversed(untouched))
+        this.todo.extendleft(position for position in reversed(again) if position != training)
         this.deaths[training] += 1
-        block, deaths, reason = this.blocks[training], this.deaths[training], str(error).splitlines()[0][:200]
+        this.broken.setdefault(training, time.monotonic())
+        deaths = this.deaths[training]
         log.warning(
-            "client actor died in round %d while training block %d (attempt %d of %d): %s",
-            this.number, block.index, deaths, self._max_attempts, reason,
+            "client actor died in round %d while training block %d (attempt %d of %d): %s on %s: %s",
+            this.number, block, deaths, self._max_attempts, *_told(fault),
         )  # fmt: skip
+        if training not in again:
+            return  # another one has it too
         if deaths < self._max_attempts:
             this.todo.append(training)
         else:
-            yield LostBlock(block.index, block.client_ids, f"its actor died {deaths} times: {reason}")
+            this.closed.add(training)
+            lost = this.blocks[training]
+            yield LostBlock(lost.index, lost.client_ids, f"its actor died {deaths} times: {fault.kind}: {fault.reason}")
 
     def close(self) -> None:
         """End all actors, also those that an error left at work."""
-        for actor in [*self._starting.values(), *(worker.actor for worker in self._workers)]:
-            ray.kill(actor)
-        self._workers, self._starting = [], {}
+        self.crew.close()
 
 
-def _client_error(error: RayTaskError, block: Block, round_number: int) -> Exception:
-    cause = getattr(error, "cause", None)
+def _told(fault: Fault) -> tuple[str, str, str]:
+    return fault.actor, fault.node or "an unknown node", f"{fault.kind}: {fault.reason}"
+
+
+def _client_error(error: RayTaskError, block: Block, round_number: int, worker: Worker) -> Exception:
+    """The cause, with the actor; the client's own traceback goes to the log."""
+    log.error("client code failed on %s (pid %d, node %s):\n%s", worker.name, worker.pid, worker.node, plain(error))
+    cause, where = getattr(error, "cause", None), f"on {worker.name}, node {worker.node}"
+    if isinstance(cause, ClientError):
+        return ClientError(f"{cause} ({where})")
     if isinstance(cause, FedsimError):
         return cause
     clients = ", ".join(map(str, block.client_ids[:8])) + (", ..." if len(block.client_ids) > 8 else "")
-    return ClientError(f"round {round_number}, block {block.index} (clients {clients}): {cause or error}")
+    return ClientError(f"round {round_number}, block {block.index} (clients {clients}): {cause or error} ({where})")

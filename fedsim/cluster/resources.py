@@ -62,7 +62,7 @@ def start_ray(*, address: str | None, num_cpus: int | None, num_gpus: int | None
         Whether this call connected, so that the caller must disconnect.
 
     Raises:
-        ResourceError: the cluster can't be reached.
+        ResourceError: the cluster can't be reached, or no Ray starts here.
     """
     if ray.is_initialized():
         return False
@@ -80,14 +80,21 @@ def start_ray(*, address: str | None, num_cpus: int | None, num_gpus: int | None
         return True
     # Ray's own default folder would be shared with other users; socket paths have a limit of 107 characters.
     folder = tempfile.mkdtemp(prefix="fs-", dir="/tmp" if os.path.isdir("/tmp") else None)
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-        include_dashboard=False,
-        _temp_dir=folder,
-        **quiet,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            include_dashboard=False,
+            _temp_dir=folder,
+            **quiet,
+        )
+    except Exception as error:  # Ray raises bare ones where its processes don't come up in time
+        ray.shutdown()
+        raise ResourceError(
+            f"Ray can't be started on this machine (logs in {folder}): {' '.join(str(error).split())[:200]}; try again "
+            "when it is less busy, or train in this process with resources.client_actors: 0"
+        ) from error
     return True
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import ray
 import torch
 
 from fedsim.cluster.pool import RayPool
@@ -18,7 +20,7 @@ from fedsim.federation.parts import choose_device
 from fedsim.federation.server import Server
 from fedsim.federation.setup import Setup
 from fedsim.federation.tracker import Tracker
-from fedsim.types import RoundResult
+from fedsim.types import Fault, RoundResult
 
 
 class ServerActor:
@@ -35,14 +37,21 @@ class ServerActor:
         state: ServerState | None,
         gpus: float,
         log_level: int,
+        faults: Sequence[Fault] = (),
     ) -> None:
         self._status: Mapping[str, Any] = {}
         self._records: deque[tuple[str, int, str]] = deque()
         self._capture_logs(log_level)
-        self._make = partial(self._experiment_of, setup, files, tracker, state, gpus)
+        self._make = partial(self._experiment_of, setup, files, tracker, state, gpus, faults)
 
     def _experiment_of(
-        self, setup: Setup, files: RunFiles, tracker: Tracker, state: ServerState | None, gpus: float
+        self,
+        setup: Setup,
+        files: RunFiles,
+        tracker: Tracker,
+        state: ServerState | None,
+        gpus: float,
+        faults: Sequence[Fault],
     ) -> Experiment:
         resources = setup.config.resources
         pool = RayPool(
@@ -54,7 +63,7 @@ class ServerActor:
         )
         device = choose_device(gpus)
         server = Server(setup, pool, device=device, state=state, status=self._set_status, run_dir=files.run_dir)
-        return Experiment(server, files, BackgroundTracker(lambda: tracker))
+        return Experiment(server, files, BackgroundTracker(lambda: tracker), faults)
 
     def _set_status(self, status: Mapping[str, Any]) -> None:
         self._status = dict(status)
@@ -72,11 +81,15 @@ class ServerActor:
         logger.addHandler(Keep())
         logger.propagate = False
 
-    def ready(self) -> bool:
-        """Build the experiment; not in the constructor, whose errors Ray turns into a death without a cause."""
+    def ready(self) -> tuple[str, str, int]:
+        """Build the experiment; not in the constructor, whose errors Ray turns into a death without a cause.
+
+        Returns:
+            Where it lives: node id, address, process id.
+        """
         torch.set_num_threads(1)
         self._experiment = self._make()
-        return True
+        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), os.getpid()
 
     def poll(self) -> tuple[Mapping[str, Any], list[tuple[str, int, str]]]:
         """The status and the log records (name, level, text) since the last call."""

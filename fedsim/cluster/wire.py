@@ -116,6 +116,7 @@ def pack_update(update: BlockUpdate) -> dict[str, Any]:
         "sums": pack_state(update.sums, masked=masked),
         "kept": update.kept,
         "generators": update.generators,
+        "dropped": update.dropped,
     }
 
 
@@ -142,4 +143,5 @@ def unpack_update(message: Mapping[str, Any]) -> BlockUpdate:
         sums=_split(message["sums"], _borrowed(message["sums"].vector)),
         kept=message["kept"],
         generators=message["generators"],
+        dropped=message["dropped"],
     )

@@ -106,6 +106,10 @@ class Federation(Section):
     classes_per_client: int = key(1, "classes_per_client: classes each client holds", "classes", ge=1)
     column: str | None = key(None, "by_column: manifest column that names the client (speaker, author)")
     quorum: float = key(1.0, "share of the cohort that must answer, or the round stops", gt=0, le=1)
+    on_client_error: Literal["stop", "drop"] = key(
+        "stop",
+        "a client whose code raises or whose numbers aren't finite: stop the run, or drop the client from the round",
+    )
 
 
 class Node(Section):
@@ -454,6 +458,12 @@ class Resources(Section):
         "clients",
     )
     max_attempts: int = key(3, "times a block is tried when its actor dies", "attempts", ge=1)
+    block_timeout: Annotated[float, Field(gt=0)] | Literal["auto"] | None = key(
+        "auto",
+        "a block without an answer for so long is given to another actor too; auto: ten times what blocks of its size "
+        "took, at least 30 s; null: never",
+        "seconds",
+    )
     address: str | None = key(None, "Ray cluster to join (default: a private Ray on this machine)")
     num_cpus: int | None = key(
         None, "CPUs for training in this process, or for the private Ray (default: what there is)", "CPUs", ge=1
@@ -487,6 +497,14 @@ class Resources(Section):
         except ValidationError:
             least = 0 if info.field_name == "client_actors" else 1
             raise ValueError(f"expected a whole number, at least {least}, or auto") from None
+
+    @field_validator("block_timeout", mode="wrap")
+    @classmethod
+    def _seconds_or_auto(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(value)
+        except ValidationError:
+            raise ValueError("expected a number of seconds above 0, auto, or null") from None
 
     @field_validator("block_size")
     @classmethod

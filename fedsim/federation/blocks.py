@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -21,12 +22,12 @@ from fedsim.algorithms.batches import ClientRows
 from fedsim.algorithms.row_sample import sample_rows
 from fedsim.errors import ClientError, FedsimError
 from fedsim.federation.memory import keep_freed_memory
-from fedsim.federation.messages import shown
+from fedsim.federation.messages import require_finite, shown
 from fedsim.federation.parts import Parts, build_parts, rows_of
 from fedsim.federation.setup import Setup
 from fedsim.federation.stacks import StackTrainer, TrainedStack, join_metrics
 from fedsim.models.adapters.shared_weight import SUM_GROUP
-from fedsim.types import Block, BlockUpdate, Broadcast, concatenate_stats
+from fedsim.types import Block, BlockUpdate, Broadcast, LostClient, concatenate_stats
 
 log = logging.getLogger(__name__)
 TrainStack = Callable[[ClientRows, np.ndarray | None], TrainedStack]
@@ -36,6 +37,13 @@ def make_blocks(cohort: np.ndarray, block_size: int) -> list[Block]:
     """Cut an ordered cohort [K] into blocks of `block_size` clients; the last one may be shorter."""
     starts = range(0, len(cohort), block_size)
     return [Block(index, cohort[start : start + block_size]) for index, start in enumerate(starts)]
+
+
+def without(block: Block, dropped: Sequence[LostClient]) -> Block:
+    """A block's clients less those that were dropped."""
+    if not dropped:
+        return block
+    return Block(block.index, block.client_ids[~np.isin(block.client_ids, [lost.client for lost in dropped])])
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -57,6 +65,7 @@ class BlockTrainer:
         self._setup = setup
         self._parts = build_parts(setup, device) if parts is None else parts
         self._stacks = StackTrainer(setup, self._parts)
+        self._drops = setup.config.federation.on_client_error == "drop"
 
     def twin(self) -> BlockTrainer:
         """A trainer for another thread: the same data, buffers of its own."""
@@ -78,15 +87,28 @@ class BlockTrainer:
         Raises:
             ClientError: client code raised, or a loss or update isn't finite; names client, round and phase.
         """
+        data = self.prepare(block, broadcast) if prepared is None else prepared
         try:
-            return self._train(block, broadcast, self.prepare(block, broadcast) if prepared is None else prepared)
+            return self._train(block, broadcast, data)
         except FedsimError:
             raise
         except Exception as error:
+            log.error("client code failed:\n%s", traceback.format_exc())
+            clients = self._failing(block, broadcast, data)
             raise ClientError(
                 f"local training failed in round {broadcast.round_number}, block {block.index}, "
-                f"client(s) {shown(block.client_ids, self._setup.client_name)}: {type(error).__name__}: {error}"
+                f"client(s) {shown(clients, self._setup.client_name)}: {type(error).__name__}: {error}"
             ) from error
+
+    def _failing(self, block: Block, broadcast: Broadcast, data: ClientRows) -> np.ndarray:
+        """The first client of a block that fails alone too; all of them where none does."""
+        for number, one in enumerate(data.split(1)):
+            own = None if block.own is None else block.own[number : number + 1]
+            try:
+                self._train(Block(block.index, one.client, own), broadcast, one)
+            except Exception:  # it is told with the block's error
+                return one.client
+        return block.client_ids
 
     def _train(self, block: Block, broadcast: Broadcast, data: ClientRows) -> BlockUpdate:
         start = time.perf_counter()
@@ -107,6 +129,7 @@ class BlockTrainer:
             sums=trained.sums,
             kept=trained.kept,
             generators=trained.generators,
+            dropped=trained.dropped,
         )
 
     def _train_stack(
@@ -121,15 +144,26 @@ class BlockTrainer:
     ) -> TrainedStack:
         """Train a stack; when memory runs out, its halves, with the same bits: clients don't depend on neighbours.
 
-        A stack of `least` clients isn't halved.
+        A stack of `least` clients isn't halved for that. Where clients are dropped, who failed is found in the same
+        way, down to one: the last `least` one by one, so that the sum is the same whatever the stack was.
         """
         try:
-            return self._stacks.train(data, broadcast, own=own, most_steps=most_steps)
-        except (MemoryError, RuntimeError) as error:
-            if len(data) <= least or not _out_of_memory(error):
+            stack = self._stacks.train(data, broadcast, own=own, most_steps=most_steps)
+            if self._drops:
+                require_finite(stack, data.client, broadcast)
+            return stack
+        except Exception as error:
+            if out_of_memory := _out_of_memory(error):
+                if len(data) <= least:
+                    raise
+            elif not self._drops or (isinstance(error, FedsimError) and not isinstance(error, ClientError)):
                 raise
-        log.warning("out of memory with %d clients at once in block %d: training halves", len(data), block.index)
-        half = 1 << ((len(data) - 1).bit_length() - 1)  # both halves are subtrees of the sum
+            elif len(data) == 1:
+                return self._stacks.none_of(data, f"dropped: {_told(error, broadcast.round_number)}")
+            what = "out of memory" if out_of_memory else f"client code failed ({type(error).__name__})"
+        log.warning("%s with %d clients at once in block %d: training fewer", what, len(data), block.index)
+        # Both halves are subtrees of the sum.
+        half = 1 << ((len(data) - 1).bit_length() - 1) if len(data) > least else 1
         train = partial(self._train_stack, block=block, broadcast=broadcast, most_steps=most_steps, least=least)
         return self._join(data, own, half, broadcast, train)
 
@@ -142,13 +176,14 @@ class BlockTrainer:
         for number, some in enumerate(stacks):
             stack = train(some, None if own is None else own[number * size : (number + 1) * size])
             tree.add(number, stack.delta_sum, owned=True)
-            sums.add(number, stack.sums, owned=True)
+            sums.add(number, stack.sums if len(stack.metrics.client) else None, owned=True)
             parts.append(replace(stack, delta_sum=None, sums={}))
         generators = [part.generators for part in parts if part.generators is not None]
         updates = [part.updates for part in parts if part.updates is not None]
         kept = [part.kept for part in parts if part.kept is not None]
         limit = self._setup.config.feda2v.statistics_rows
-        stats = concatenate_stats([part.stats for part in parts])
+        answered = [part for part in parts if len(part.metrics.client)] or parts[:1]
+        stats = concatenate_stats([part.stats for part in answered])
         return TrainedStack(
             delta_sum=tree.root(),
             weight_sum=sum(part.weight_sum for part in parts),
@@ -158,4 +193,11 @@ class BlockTrainer:
             sums=sums.root() or {},
             kept=np.concatenate(kept) if kept else None,
             generators=np.concatenate(generators) if generators else None,
+            dropped=tuple(client for part in parts for client in part.dropped),
         )
+
+
+def _told(error: Exception, round_number: int) -> str:
+    """An error of client code in one line."""
+    text = str(error) if isinstance(error, ClientError) else f"round {round_number}: {type(error).__name__}: {error}"
+    return " ".join(text.split())[:300]

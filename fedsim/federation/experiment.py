@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import platform
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from threading import Lock
@@ -18,11 +19,11 @@ from typing import Any, Protocol
 
 from fedsim.algorithms.generator_quality import COLLAPSED
 from fedsim.federation.retention import thin_out
-from fedsim.federation.run_directory import append_round, read_history, write_text, writing
+from fedsim.federation.run_directory import append_round, fault_record, read_history, write_text, writing
 from fedsim.federation.server import Server
 from fedsim.federation.tracker import FinalReport, Tracker
 from fedsim.models.saved import digest, save_adapter
-from fedsim.types import RoundResult
+from fedsim.types import Fault, RoundResult
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class RunFiles:
         checkpoint_every: rounds between checkpoints.
         last_round: the round after which a checkpoint is always written.
         keep_last, keep_best: checkpoints that stay (see `retention`).
+        recorded: rounds up to this one are in metrics.jsonl; where they are repeated they aren't added again.
     """
 
     run_dir: Path
@@ -43,6 +45,7 @@ class RunFiles:
     last_round: int
     keep_last: int | None = None
     keep_best: int = 0
+    recorded: int = 0
 
 
 class ExperimentHandle(Protocol):
@@ -81,15 +84,17 @@ class Experiment:
         server: runs rounds.
         files: the run directory and what belongs to it.
         tracker: records numbers and artifacts.
+        faults: what broke before; recorded with the first round that is.
     """
 
-    def __init__(self, server: Server, files: RunFiles, tracker: Tracker) -> None:
+    def __init__(self, server: Server, files: RunFiles, tracker: Tracker, faults: Sequence[Fault] = ()) -> None:
         self._server, self._files, self._tracker = server, files, tracker
         # The last round whose numbers are written: `stop` may come while the next one is under way.
         self._recorded, self._saved = server.state, server.state.round_number
         history = read_history(files.run_dir, up_to=self._saved)
         self._top1 = {record["round"]: record["metrics"].get("eval/top1") for record in history}
         self._writing, self._stopped = Lock(), False
+        self._faults = list(faults)
 
     def round(self) -> RoundResult:
         """Run the next round; its numbers are written before its checkpoint.
@@ -101,10 +106,13 @@ class Experiment:
         """
         result = self._server.run_round()
         files = self._files
+        self._faults += result.faults
         with self._writing, writing(files.run_dir):
             if self._stopped:
                 raise RuntimeError("the run was stopped while this round was under way")
-            append_round(files.run_dir, result)
+            if result.round_number > files.recorded:
+                result, self._faults = replace(result, faults=tuple(self._faults)), []
+                append_round(files.run_dir, result)
             self._tracker.log_round(result)
             self._recorded = self._server.state
             self._top1[result.round_number] = result.metrics.get("eval/top1")
@@ -161,6 +169,7 @@ class Experiment:
             "data_fingerprint": setup.data_fingerprint,
             "num_clients": setup.partition.num_clients,
             "privacy": self._server.guarantee(),
+            "faults": count_faults([*history, {"faults": [fault_record(fault) for fault in self._faults]}]),
         }
         if (diversity := metrics.get("generator/diversity")) is not None:
             result["generator_collapsed"] = diversity < COLLAPSED
@@ -171,7 +180,7 @@ class Experiment:
             write_text(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
         self._tracker.log_report(self._report(history))
         final = {f"final/{name.removeprefix('eval/')}": value for name, value in metrics.items() if "eval/" in name}
-        self._tracker.finish(status, final, {"digest": result["digest"]})
+        self._tracker.finish(status, final, {"digest": result["digest"], **_fault_tags(result["faults"])})
         return result
 
     def _mlflow(self) -> tuple[str | None, str | None]:
@@ -195,6 +204,15 @@ class Experiment:
     def close(self) -> None:
         """Free what the server and its pool hold."""
         self._server.close()
+
+
+def count_faults(history: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many faults of every kind a run survived."""
+    return dict(Counter(fault["kind"] for record in history for fault in record.get("faults", ())))
+
+
+def _fault_tags(faults: Mapping[str, int]) -> dict[str, str]:
+    return {"fedsim.faults": ", ".join(f"{count} {kind}" for kind, count in faults.items())} if faults else {}
 
 
 def versions() -> dict[str, str]:

@@ -56,6 +56,12 @@ class OwnBlocks(Sequence[Block]):
         return replace(block, **rows)
 
 
+def places(update: BlockUpdate, block: Block, block_size: int) -> np.ndarray:
+    """Positions in the cohort of the clients that an update is about: its block's, less the dropped ones."""
+    answered = np.isin(block.client_ids, update.metrics.client)
+    return update.index * block_size + np.flatnonzero(answered)
+
+
 class Joining(Protocol):
     """Puts the updates of a round together for the aggregator."""
 
@@ -120,10 +126,14 @@ class AllUpdates:
     def add(self, update: BlockUpdate, block: Block) -> None:
         """Write the block's rows."""
         assert update.updates is not None
-        start = update.index * self._block_size
-        self._matrix.put(start, update.updates)
-        self._clients[start : start + len(block.client_ids)] = block.client_ids
-        self._counts[start : start + len(block.client_ids)] = update.metrics.num_examples
+        at = places(update, block, self._block_size)
+        if len(at) == len(block.client_ids):
+            self._matrix.put(int(at[0]), update.updates)
+        else:
+            for row, place in enumerate(at):
+                self._matrix.put(int(place), update.updates[row : row + 1])
+        self._clients[at] = update.metrics.client
+        self._counts[at] = update.metrics.num_examples
 
     def lose(self, index: int) -> None:
         """Rows that were not put are left out."""
@@ -147,7 +157,7 @@ class OwnRows:
     def add(self, update: BlockUpdate, block: Block) -> None:
         """Write the block's rows."""
         assert update.updates is not None
-        self._store.put(block.client_ids, update.updates)
+        self._store.put(update.metrics.client, update.updates)
 
     def lose(self, index: int) -> None:
         """Lost clients keep what they had."""
@@ -189,12 +199,12 @@ class Numbers:
         self.answered = 0
         self.stats_bytes = 0
 
-    def add(self, update: BlockUpdate) -> None:
+    def add(self, update: BlockUpdate, block: Block) -> None:
         """Take the numbers and statistics of a block."""
-        start, count = update.index * self._block_size, len(update.metrics.client)
+        at = places(update, block, self._block_size)
         for name, values in self._values.items():
-            values[start : start + count] = getattr(update.metrics, name)
-        self.answered += count
+            values[at] = getattr(update.metrics, name)
+        self.answered += len(at)
         self.stats_bytes += stats_bytes(update.stats)
         self._rows.add(update.stats)
         self._sums.add(update.index, update.sums)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -194,6 +195,47 @@ def all_finite(tensor: Tensor) -> bool:
     """Whether every number of a tensor is finite; one pass where they are."""
     # A finite sum has finite terms; only where it isn't (it may have overflowed) they are looked at one by one.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+class Trained(Protocol):
+    """What clients have trained, together: a stack or a block."""
+
+    @property
+    def stats(self) -> ClassStats:
+        """Class statistics."""
+
+    @property
+    def metrics(self) -> ClientMetrics:
+        """Numbers per client."""
+
+    @property
+    def sums(self) -> AdapterState:
+        """What they add up."""
+
+    @property
+    def kept(self) -> np.ndarray | None:
+        """Their control variates."""
+
+    @property
+    def generators(self) -> np.ndarray | None:
+        """Their networks."""
+
+
+def require_finite(trained: Trained, clients: np.ndarray, broadcast: Broadcast) -> None:
+    """Refuse numbers of clients [K] that aren't finite, beside their updates.
+
+    Raises:
+        ClientError: naming the clients, the round and what is wrong.
+    """
+    stats, metrics = trained.stats, trained.metrics
+    numbers = {name: torch.from_numpy(getattr(metrics, name)) for name in measured_metrics(broadcast)}
+    numbers |= {"audio_mean": stats.audio_mean, **stats.output_mean}
+    numbers |= {name: tensor for name, tensor in trained.sums.items() if tensor.is_floating_point()}
+    rows = {"audio_var": stats.audio_var, "control variates": trained.kept, "generators": trained.generators}
+    numbers |= {name: torch.as_tensor(some) for name, some in rows.items() if some is not None}
+    bad = [name for name, tensor in numbers.items() if not all_finite(tensor)]
+    if bad:
+        raise ClientError(f"client(s) {shown(clients)}, round {broadcast.round_number}: {bad[0]} is not finite")
 
 
 def state_bytes(state: AdapterState) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from fedsim.federation.blocks import BlockTrainer
 from fedsim.federation.setup import Setup
-from fedsim.types import Block, BlockUpdate, Broadcast
+from fedsim.types import Block, BlockUpdate, Broadcast, Fault
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class LostBlock:
 class ClientPool(Protocol):
     """Trains blocks, wherever."""
 
-    def train(self, blocks: Sequence[Block], broadcast: Broadcast) -> Iterator[BlockUpdate | LostBlock]:
-        """Yield every block's update as it arrives, in any order; each block once."""
+    def train(self, blocks: Sequence[Block], broadcast: Broadcast) -> Iterator[BlockUpdate | LostBlock | Fault]:
+        """Yield every block's update as it arrives, in any order; each block once. Faults come in between."""
         ...
 
     def close(self) -> None:

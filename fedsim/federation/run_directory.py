@@ -6,6 +6,8 @@ import json
 import math
 import os
 import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from safetensors import SafetensorError
 
 from fedsim.config import Config, resolved_yaml
 from fedsim.errors import CheckpointError, ConfigError, ResourceError
-from fedsim.types import RoundResult
+from fedsim.types import Fault, RoundResult
 
 LOCK = ".lock"
 """Says who holds the directory; see `run_lock`."""
@@ -89,13 +91,26 @@ def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
+def fault_record(fault: Fault) -> dict[str, object]:
+    """A fault as it stands in metrics.jsonl: kind, actor, node, block, round, reason."""
+    return {
+        "kind": fault.kind,
+        "actor": fault.actor,
+        "node": fault.node,
+        "block": fault.block,
+        "round": fault.round_number,
+        "reason": fault.reason,
+    }
+
+
 def append_round(run_dir: Path, result: RoundResult) -> None:
-    """Add one object to metrics.jsonl: `round`, `metrics`, `seconds`, `lost`; non-finite numbers become null."""
+    """Add one object to metrics.jsonl: `round`, `metrics`, `seconds`, `lost`, `faults`; null for what isn't finite."""
     record = {
         "round": result.round_number,
         "metrics": _finite(result.metrics),
         "seconds": dict(result.seconds),
         "lost": [{"client": lost.client, "reason": lost.reason} for lost in result.lost],
+        "faults": [fault_record(fault) for fault in result.faults],
         "cohort_size": result.cohort_size,
         "bytes_up": result.bytes_up,
         "bytes_down": result.bytes_down,
@@ -140,7 +155,23 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
     return result if isinstance(result, dict) and "digest" in result else None
 
 
+def last_recorded(run_dir: Path) -> int:
+    """The last round of metrics.jsonl, 0 without any; a half-written last line is cut off."""
+    history = read_history(run_dir)
+    last = max((record["round"] for record in history), default=0)
+    if history:
+        keep_rounds(run_dir, up_to=last)
+    return last
+
+
 def keep_rounds(run_dir: Path, *, up_to: int) -> None:
     """Drop rounds after `up_to` from metrics.jsonl: a resume repeats them."""
     text = "".join(json.dumps(record) + "\n" for record in read_history(run_dir, up_to=up_to))
     write_text(run_dir / "metrics.jsonl", text)
+
+
+def temporary_folder(owner: object) -> Path:
+    """A folder that goes with its owner."""
+    folder = Path(tempfile.mkdtemp(prefix="fedsim-"))
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return folder

@@ -7,10 +7,6 @@ in. Updates are put together as they arrive (see `gathering`): what the server h
 
 from __future__ import annotations
 
-import logging
-import shutil
-import tempfile
-import weakref
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -25,7 +21,8 @@ from fedsim.algorithms.client_generator import network_of
 from fedsim.algorithms.distillation import client_states
 from fedsim.algorithms.sampling import order_cohort
 from fedsim.algorithms.server_optimizer import make_server_optimizer
-from fedsim.federation.blocks import make_blocks
+from fedsim.federation.blocks import make_blocks, without
+from fedsim.federation.casualties import Casualties
 from fedsim.federation.checkpoint import ServerState, save_checkpoint
 from fedsim.federation.client_guides import ClientGuides
 from fedsim.federation.client_store import ClientStore
@@ -34,18 +31,17 @@ from fedsim.federation.clock import RoundClock, Status
 from fedsim.federation.gathering import Joining, Numbers, make_joining
 from fedsim.federation.held_out import HeldOut
 from fedsim.federation.kept import KeptByClients
-from fedsim.federation.messages import Expected, check_update, shown, state_bytes
+from fedsim.federation.messages import Expected, check_update, state_bytes
 from fedsim.federation.parts import Parts, build_parts, initial_state
 from fedsim.federation.pool import ClientPool, LostBlock
 from fedsim.federation.privacy import Receiving
 from fedsim.federation.quorum import Quorum
+from fedsim.federation.run_directory import temporary_folder
 from fedsim.federation.saving_generators import save_generators
 from fedsim.federation.server_step import ServerStep
 from fedsim.federation.setup import Setup
 from fedsim.seeding import rng
-from fedsim.types import AdapterState, Block, Broadcast, Learnt, LostClient, RoundResult
-
-log = logging.getLogger(__name__)
+from fedsim.types import AdapterState, Block, Broadcast, Fault, Learnt, RoundResult
 
 
 class Server:
@@ -95,7 +91,7 @@ class Server:
         )
         self._guides = ClientGuides(self.config, self.aggregator, setup.partition, len(setup.class_names))
         self._quorum = Quorum(self.config, self.aggregator, cohort_size=cohort)
-        self._folder = run_dir or _temporary_folder(self)
+        self._folder = run_dir or temporary_folder(self)
         self._expected = Expected(
             adapter={name: tuple(tensor.shape) for name, tensor in self.state.adapter.items()},
             needs_updates=self.aggregator.needs_updates,
@@ -135,7 +131,7 @@ class Server:
         numbers = self._numbers(broadcast, len(cohort))
         with closing(self._joining(len(cohort))) as joining:
             with clock("train"):
-                lost = self._train(blocks, broadcast, joining, numbers, clock)
+                gone = self._train(blocks, broadcast, joining, numbers, clock)
             with clock("aggregate"):
                 joined, sums = self._receiving.read(joining.joined(), numbers.sums(), clock.round_number)
                 averaged = self.aggregator.step(state.adapter, joined)
@@ -167,7 +163,8 @@ class Server:
                 guides=guides,
             )
         )
-        return RoundResult(clock.round_number, len(cohort), tuple(lost), metrics, clock.seconds, up, down)
+        faults = tuple(gone.faults)
+        return RoundResult(clock.round_number, len(cohort), gone.lost, metrics, clock.seconds, up, down, faults)
 
     def _sample_cohort(self, round_number: int) -> np.ndarray:
         """The cohort in the order that fixes blocks and sums."""
@@ -216,27 +213,31 @@ class Server:
 
     def _train(
         self, blocks: Sequence[Block], broadcast: Broadcast, joining: Joining, numbers: Numbers, clock: RoundClock
-    ) -> list[LostClient]:
+    ) -> Casualties:
         """The only hop that carries weights: every block's update is checked and joined as it comes, or lost."""
-        lost: list[LostClient] = []
-        total = sum(len(block.client_ids) for block in blocks)
+        gone, total = Casualties(self.setup.client_name), sum(len(block.client_ids) for block in blocks)
         clock.clients(0, total)
         for answer in self.pool.train(self.kept.blocks(blocks, broadcast), broadcast):
+            if isinstance(answer, Fault):
+                gone.faults.append(answer)
+                continue
             if isinstance(answer, LostBlock):
+                gone.block(answer)
+            else:
+                gone.clients(answer)
+            if isinstance(answer, LostBlock) or not len(answer.metrics.client):
                 joining.lose(answer.index)
                 numbers.lose(answer.index)
-                lost += [LostClient(int(client), answer.reason) for client in answer.client_ids]
-                names = shown(answer.client_ids, self.setup.client_name)
-                log.warning("lost %d clients (%s): %s", len(answer.client_ids), names, answer.reason)
-            else:
-                check_update(answer, blocks[answer.index], self._expected, broadcast)
-                joining.add(answer, blocks[answer.index])
-                self.kept.add(answer)
-                numbers.add(answer)
-                clock.clients(numbers.answered, total)
-        self._receiving.require_everyone(len(lost), broadcast.round_number)
+                continue
+            block = blocks[answer.index]
+            check_update(answer, without(block, answer.dropped), self._expected, broadcast)
+            joining.add(answer, block)
+            self.kept.add(answer)
+            numbers.add(answer, block)
+            clock.clients(numbers.answered, total)
+        self._receiving.require_everyone(len(gone.lost), broadcast.round_number)
         self._quorum.require(numbers.answered, total, broadcast.round_number)
-        return lost
+        return gone
 
     def _bytes(self, cohort: np.ndarray, broadcast: Broadcast, numbers: Numbers) -> tuple[int, int]:
         """What the cohort's clients would send and receive; those that keep their own tensors receive them once."""
@@ -292,10 +293,3 @@ class Server:
         real, labels = self.held_out.embeddings(self.state.adapter)
         made_labels, made = self._step.samples(self.state.buffer, 20, self.state.round_number)
         return real.flatten(1).cpu().numpy(), labels.cpu().numpy(), made, made_labels
-
-
-def _temporary_folder(owner: object) -> Path:
-    """A folder that goes with its owner."""
-    folder = Path(tempfile.mkdtemp(prefix="fedsim-"))
-    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
-    return folder

@@ -37,7 +37,7 @@ from fedsim.federation.setup import Setup
 from fedsim.federation.stack_generators import StackGenerators
 from fedsim.federation.stack_size import ClientCosts, client_costs, stack_size
 from fedsim.models.adapters.shared_weight import SharedWeight, multiplied_out
-from fedsim.types import AdapterState, Broadcast, ClassStats, ClientMetrics
+from fedsim.types import AdapterState, Broadcast, ClassStats, ClientMetrics, LostClient
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class TrainedStack:
     """What is left of a stack: sum of weighted deltas [*shape], sum of weights, statistics, numbers, flat rows [K, P].
 
     Either the sum is there or, where the aggregator needs all updates, the rows; `sums` of what the broadcast asks for;
-    `kept` [K, P]: control variates; `generators`: the networks that clients keep, flat rows.
+    `kept` [K, P]: control variates; `generators`: the networks that clients keep, flat rows; `dropped`: clients that
+    failed and are in nothing of this.
     """
 
     delta_sum: AdapterState | None
@@ -56,6 +57,7 @@ class TrainedStack:
     sums: AdapterState
     kept: np.ndarray | None = None
     generators: np.ndarray | None = None
+    dropped: tuple[LostClient, ...] = ()
 
 
 def local_training(config: Config) -> LocalTraining:
@@ -164,6 +166,13 @@ class StackTrainer:
             kept=kept,
             generators=generators,
         )
+
+    def none_of(self, data: ClientRows, reason: str) -> TrainedStack:
+        """What is left of clients that are dropped: their names."""
+        lost = tuple(LostClient(int(client), reason) for client in data.client)
+        unknown = np.zeros(0)
+        metrics = ClientMetrics(data.client[:0], data.counts[:0], unknown, unknown, unknown, unknown, unknown, unknown)
+        return TrainedStack(None, 0.0, empty_stats(self._parts.adapter), metrics, None, {}, dropped=lost)
 
     def _start(self, own: np.ndarray | None, broadcast: Broadcast, clients: int) -> dict[str, Tensor | SharedWeight]:
         if own is None:

@@ -6,6 +6,7 @@ The command line runs one experiment this way, a search one per trial.
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -30,6 +31,7 @@ from fedsim.models.encoders.threads import available_cores
 from fedsim.tracking.mlflow_tracker import MlflowTracker
 from fedsim.tracking.null_tracker import NullTracker
 from fedsim.tracking.store import RunHandle, check_store, warm_up
+from fedsim.types import Fault
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ def open_experiment(
         keep_last=config.experiment.keep_last,
         keep_best=config.experiment.keep_best,
     )
+    resumed = () if state is None else (_resumed(state.round_number),)
     record = partial(_record, setup, run_dir, mlflow_run_id, parent)
     if config.tracking.enabled:
         check_store(store_of(setup, run_dir, parent))
@@ -84,7 +87,7 @@ def open_experiment(
             threads = (resources.num_cpus or available_cores()) if device.type == "cpu" else 1
             pool = InProcessPool(setup, device, threads=threads)
             server = Server(setup, pool, device=device, state=state, status=status, run_dir=run_dir)
-            return Experiment(server, files, tracker)
+            return Experiment(server, files, tracker, resumed)
 
         with one_thread(), _closing(in_process, tracker) as experiment:
             yield experiment
@@ -100,12 +103,17 @@ def open_experiment(
         if started:
             check_fits(demand_of(setup))
         recorded = record()
-        remote = partial(RemoteExperiment, setup, files, recorded, state=state, status=status)
+        remote = partial(RemoteExperiment, setup, files, recorded, state=state, status=status, faults=resumed)
         with _closing(remote, recorded) as experiment:
             yield experiment
     finally:
         if started:
             stop_ray()
+
+
+def _resumed(last: int) -> Fault:
+    """What a resume leaves in the record: whoever ran the rounds before is gone."""
+    return Fault("resumed", "driver", platform.node(), None, last + 1, f"the run was taken up again after round {last}")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,8 +39,9 @@ RETRY_AFTER_S = 30.0
 def round_metrics(result: RoundResult) -> dict[str, float]:
     """The metrics of one round as MLflow gets them.
 
-    `result.metrics` as they are, and `round`, `time/<phase>_s`, `bytes/up`, `bytes/down`, `clients/lost`. Non-finite
-    values are left out: SQLite stores infinities as 1.8e308 and charts draw NaN as 0.
+    `result.metrics` as they are, and `round`, `time/<phase>_s`, `bytes/up`, `bytes/down`, `clients/lost`, and for every
+    kind of fault that the round survived how many (`faults/killed`). Non-finite values are left out: SQLite stores
+    infinities as 1.8e308 and charts draw NaN as 0.
     """
     values = {
         **result.metrics,
@@ -48,6 +50,7 @@ def round_metrics(result: RoundResult) -> dict[str, float]:
         "bytes/up": result.bytes_up,
         "bytes/down": result.bytes_down,
         "clients/lost": len(result.lost),
+        **{f"faults/{kind}": float(count) for kind, count in Counter(f.kind for f in result.faults).items()},
     }
     return {clean_key(name): float(value) for name, value in values.items() if math.isfinite(value)}
 

@@ -131,8 +131,8 @@ def deadly_actor(index: int):
 
             self._actor._trainer.train = deadly
 
-        def ready(self) -> bool:
-            return True
+        def ready(self):
+            return self._actor.ready()
 
         def train(self, block, message):
             return self._actor.train(block, message)

@@ -41,10 +41,14 @@ def update_of(index: int, clients: int = SIZE) -> BlockUpdate:
     return BlockUpdate(index, delta, float(clients), stats, metrics, None, 0.1)
 
 
+def add(numbers: Numbers, update: BlockUpdate) -> None:
+    numbers.add(update, Block(update.index, update.metrics.client))
+
+
 def numbers_of(order, blocks: int = 5, limit: int = ROWS) -> Numbers:
     numbers = Numbers(BROADCAST, num_clients=SIZE * blocks, block_size=SIZE, statistics_rows=limit)
     for index in order:
-        numbers.add(update_of(index))
+        add(numbers, update_of(index))
     return numbers
 
 
@@ -73,11 +77,11 @@ def test_means_are_over_the_clients_that_answered():
 def test_numbers_that_were_not_measured_are_left_out():
     quiet = Broadcast(1, 7, {}, evaluate_clients=False)
     numbers = Numbers(quiet, num_clients=SIZE, block_size=SIZE, statistics_rows=1)
-    numbers.add(update_of(0))
+    add(numbers, update_of(0))
     assert set(numbers.metrics()) == {"train/loss"}
     asked = Broadcast(1, 7, {}, evaluate_personal=True)
     numbers = Numbers(asked, num_clients=SIZE, block_size=SIZE, statistics_rows=1)
-    numbers.add(update_of(0))
+    add(numbers, update_of(0))
     assert {"eval/top1_personal", "eval/top1_personal_worst10"} < set(numbers.metrics())
 
 
@@ -89,7 +93,7 @@ def test_nothing_of_an_update_is_kept_as_it_came():
         arrays = (update.delta_sum["w"], update.stats.audio_mean, update.stats.client, update.metrics.train_loss)
         watched += [weakref.ref(array) for array in arrays]
         joining.add(update, Block(index, update.metrics.client))
-        numbers.add(update)
+        add(numbers, update)
     before = numbers.stats().audio_mean.clone()
     arrays[1].fill_(0)  # a buffer that is used again
     assert torch.equal(numbers.stats().audio_mean, before)
@@ -111,7 +115,7 @@ def test_every_aggregator_gets_what_it_asks_for(tmp_path):
             ids = np.array([5, 6, 9])[2 * index : 2 * index + len(part)]
             whole = {"w": torch.from_numpy(part.sum(0))}
             summed = (whole, None) if name == "avg" else (None, part)
-            metrics = replace(update_of(index).metrics, num_examples=ids + 100)
+            metrics = replace(update_of(index).metrics, client=ids, num_examples=ids + 100)
             update = BlockUpdate(index, summed[0], float(len(part)), None, metrics, summed[1], 0.0)
             joining.add(update, Block(index, ids))
         joined = joining.joined()
@@ -161,7 +165,7 @@ def test_a_block_of_a_thousand_small_clients_costs_the_server_a_few_milliseconds
         block, start = Block(update.index, update.metrics.client), time.process_time()
         check_update(update, block, expected, BROADCAST)
         joining.add(update, block)
-        numbers.add(update)
+        numbers.add(update, block)
         spent.append(time.process_time() - start)
     assert min(spent) < 0.003  # seconds of CPU; a loop over clients would take ten times that
 

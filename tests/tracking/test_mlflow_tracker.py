@@ -4,14 +4,16 @@ import math
 import pickle
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedsim.federation.tracker import FinalReport, Tracker
 from fedsim.tracking import MlflowTracker, NullTracker, RunHandle, create_run
+from fedsim.tracking.mlflow_tracker import round_metrics
 from fedsim.tracking.store import open_client
-from fedsim.types import RoundResult
+from fedsim.types import Fault, RoundResult
 
 MakeResult = Callable[..., RoundResult]
 
@@ -37,6 +39,17 @@ def test_a_round_is_logged_under_the_promised_names(handle: RunHandle, make_resu
         "eval/top1": 0.2, "train/loss": 0.5, "round": 2.0, "time/train_s": 2.0, "time/refine_s": 0.5,
         "bytes/up": 2000.0, "bytes/down": 50.0, "clients/lost": 2.0,
     }  # fmt: skip
+
+
+def test_faults_are_counted_by_kind(make_result: MakeResult) -> None:
+    dead = Fault("killed", "client-0 (pid 7)", "10.0.0.1 (ab12)", 3, 2, "SYSTEM_ERROR")
+    hung = Fault("out of memory", "client-1 (pid 8)", "10.0.0.1 (ab12)", None, 2, "no answer")
+    values = round_metrics(replace(make_result(2), faults=(dead, hung, dead)))
+    assert {name: value for name, value in values.items() if name.startswith("faults/")} == {
+        "faults/killed": 2.0,
+        "faults/out of memory": 1.0,
+    }
+    assert not [name for name in round_metrics(make_result(2)) if name.startswith("faults/")]
 
 
 def test_non_finite_values_are_left_out(handle: RunHandle, make_result: MakeResult) -> None:
