@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,9 @@ def create_run_directory(run_dir: Path, config: Config) -> None:
 def discard_unused(run_dir: Path) -> None:
     """Remove a run directory from which nothing can go on, so that a mended run can take its place.
 
-    That is one with its configuration and, at most, what clients kept of an unfinished first round.
+    That is one with its configuration and at most what clients kept of an unfinished first round and notes for MLflow.
     """
-    if {path.name for path in run_dir.iterdir()} in ({"config.yaml"}, {"config.yaml", "clients"}):
+    if {path.name for path in run_dir.iterdir()} - {"clients", "tracking"} == {"config.yaml"}:
         shutil.rmtree(run_dir)
 
 
@@ -53,10 +54,11 @@ def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def append_round(run_dir: Path, result: RoundResult) -> None:
-    """Add one object to metrics.jsonl: `round`, `metrics`, `seconds`, `lost`; non-finite numbers become null."""
-    record = {
+def round_record(result: RoundResult) -> dict[str, Any]:
+    """One object of metrics.jsonl: `round`, `time` (Unix seconds), `metrics`...; non-finite numbers become null."""
+    return {
         "round": result.round_number,
+        "time": round(time.time(), 3),
         "metrics": _finite(result.metrics),
         "seconds": dict(result.seconds),
         "lost": [{"client": lost.client, "reason": lost.reason} for lost in result.lost],
@@ -64,8 +66,12 @@ def append_round(run_dir: Path, result: RoundResult) -> None:
         "bytes_up": result.bytes_up,
         "bytes_down": result.bytes_down,
     }
+
+
+def append_round(run_dir: Path, result: RoundResult) -> None:
+    """Add one object to metrics.jsonl, see `round_record`."""
     with (run_dir / "metrics.jsonl").open("a") as stream:
-        stream.write(json.dumps(record) + "\n")
+        stream.write(json.dumps(round_record(result)) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
 
