@@ -23,8 +23,8 @@ __all__ = ["MlflowTracker", "round_metrics"]
 
 log = logging.getLogger(__name__)
 
-WAIT_S = 30.0
-"""Seconds that a finished run waits for a store that takes nothing."""
+WAIT_S = 60.0
+"""Seconds that a finished run waits for a store that takes nothing: a server's restart takes half of it."""
 WAIT_ENDED_S = 10.0
 """The same for a run that failed or was interrupted."""
 

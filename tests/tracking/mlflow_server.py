@@ -29,7 +29,8 @@ class MlflowServer:
     def start(self) -> None:
         words = [
             "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{self.database}", "--artifacts-destination", str(self.folder / "artifacts"),
+            "--backend-store-uri", f"sqlite:///{self.database}",
+            "--artifacts-destination", str(self.folder / "artifacts"),
         ]  # fmt: skip
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(

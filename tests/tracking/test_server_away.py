@@ -31,6 +31,7 @@ from fedsim.federation.experiment import Experiment
 from fedsim.federation.run_directory import read_history
 from fedsim.tracking.calls import open_client
 from fedsim.tracking.delivery import record_metrics
+from fedsim.tracking.mlflow_tracker import WAIT_S
 from fedsim.types import RoundResult
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos]
@@ -148,7 +149,7 @@ def test_a_server_that_goes_away_in_mid_run_gets_everything_once(
     ended = time.monotonic() - start
     timers[0].join()
     print(f"{fault} for {away_s:g} s: {ended:.1f} s, longest round {max(at.seconds[4:]):.2f} s")
-    # No round waited for the server, nor the end of the run for more than the server.
+    # No round waited for the server.
     assert max(at.seconds[4:]) < 0.2 * calm["seconds"] + 2
     check_everything_is_there_once(tmp_path / "run", server, calm)
 
@@ -188,7 +189,7 @@ def test_a_server_that_stays_away_holds_the_end_up_for_a_bounded_time_and_a_sync
     At(monkeypatch, after_8=server.kill)
     start = time.monotonic()
     result = session.run(config_for(server.uri), output=tmp_path / "run", console=Console(width=200))
-    assert time.monotonic() - start < calm["seconds"] + 60
+    assert time.monotonic() - start < 3 * calm["seconds"] + WAIT_S + 30
     shown = capsys.readouterr().out.strip().splitlines()
     assert shown[-1].startswith("MLflow lacks ")
     assert f"-{ROUNDS}, 5 files, the model, its end (FINISHED); deliver it with: fedsim sync" in shown[-1]
