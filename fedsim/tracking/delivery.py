@@ -20,7 +20,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fedsim.errors import CheckpointError, FedsimError, TrackingError
-from fedsim.federation.run_directory import round_record
 from fedsim.tracking.calls import open_client, patience
 from fedsim.tracking.ledger import (
     FOLDER,
@@ -32,8 +31,8 @@ from fedsim.tracking.ledger import (
     read_wanted,
     write_delivered,
 )
+from fedsim.tracking.round_values import record_metrics
 from fedsim.tracking.store import METRICS_PER_BATCH, RunHandle, clean_key, clean_tags, create_run
-from fedsim.types import RoundResult
 
 log = logging.getLogger(__name__)
 
@@ -42,29 +41,6 @@ LOCK_S = 20.0
 SWITCH_S = 0.0005
 """Importing MLflow is Python alone: with the usual 5 ms it would hold up every small operation of the training."""
 DAMAGED = "none: the adapter can't be read"
-
-
-def round_metrics(result: RoundResult) -> dict[str, float]:
-    """The metrics of one round as MLflow gets them, see `record_metrics`."""
-    return record_metrics(round_record(result))
-
-
-def record_metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of one line of metrics.jsonl as MLflow gets them.
-
-    `metrics` as they are, and `time/<phase>_s`, `bytes/up`, `bytes/down`, `clients/lost`, `round`. Non-finite values
-    (null) are left out: SQLite stores infinities as 1.8e308 and charts draw NaN as 0. `round` is the last one, so that
-    a round that it names is there as a whole.
-    """
-    values = {
-        **record["metrics"],
-        **{f"time/{phase}_s": seconds for phase, seconds in record.get("seconds", {}).items()},
-        "bytes/up": record.get("bytes_up"),
-        "bytes/down": record.get("bytes_down"),
-        "clients/lost": len(record.get("lost", ())),
-        "round": record["round"],
-    }
-    return {clean_key(name): float(value) for name, value in values.items() if value is not None}
 
 
 class Delivery:

@@ -14,8 +14,9 @@ from typing import Any
 from fedsim.errors import TrackingError
 from fedsim.federation.tracker import FinalReport
 from fedsim.tracking.courier import Courier
-from fedsim.tracking.delivery import Delivery, round_metrics
+from fedsim.tracking.delivery import Delivery
 from fedsim.tracking.ledger import read_delivered, read_wanted, write_end
+from fedsim.tracking.round_values import round_metrics
 from fedsim.tracking.store import RunHandle
 from fedsim.types import RoundResult
 

@@ -30,8 +30,8 @@ from fedsim.errors import TrackingError
 from fedsim.federation.experiment import Experiment
 from fedsim.federation.run_directory import read_history
 from fedsim.tracking.calls import open_client
-from fedsim.tracking.delivery import record_metrics
 from fedsim.tracking.mlflow_tracker import WAIT_S
+from fedsim.tracking.round_values import record_metrics
 from fedsim.types import RoundResult
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos]
