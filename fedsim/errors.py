@@ -37,6 +37,10 @@ class QuorumError(FedsimError):
     """Fewer clients answered than `federation.quorum` asks for."""
 
 
+class TrackingError(FedsimError):
+    """The record of a run in MLflow is missing, damaged or can't be delivered."""
+
+
 class ResourceError(FedsimError):
     """The requested actors don't fit the machine or cluster; the message holds both numbers."""
 

@@ -112,6 +112,19 @@ def resume(
 
 
 @app.command()
+def sync(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="run directories, also of trials")],
+    quiet: Quiet = False,
+) -> None:
+    """Deliver to MLflow what it lacks of runs whose store was away; nothing arrives twice."""
+    _log_to(Console(soft_wrap=True), quiet=quiet)
+    from fedsim.cli import session
+
+    for run_dir in run_dirs:
+        session.sync(run_dir)
+
+
+@app.command()
 def search(
     config: ConfigFile = None,
     overrides: Overrides = None,

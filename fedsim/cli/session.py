@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fedsim.config import Config, load_config, resolved_yaml
-from fedsim.errors import CheckpointError
+from fedsim.errors import CheckpointError, TrackingError
 from fedsim.federation.checkpoint import ServerState, check_data, load_checkpoint
 from fedsim.federation.checkpoint_files import checkpoints_of, has_checkpoint, round_of
-from fedsim.federation.experiment import run_rounds
+from fedsim.federation.experiment import finish_record, run_rounds
 from fedsim.federation.run_directory import (
     create_run_directory,
     discard_unused,
@@ -31,6 +31,8 @@ from fedsim.federation.setup import Setup, prepare
 from fedsim.launch.auto import settle
 from fedsim.launch.session import open_experiment
 from fedsim.launch.signals import ended_by_signals
+from fedsim.tracking.ledger import has_record
+from fedsim.tracking.mlflow_tracker import WAIT_S, MlflowTracker
 from fedsim.tracking.progress import ProgressDisplay
 
 log = logging.getLogger(__name__)
@@ -95,13 +97,33 @@ def _resume(run_dir: Path, config: Config, console: Console) -> dict[str, Any]:
     state, mlflow_run_id = load_checkpoint(run_dir, config)
     if state.round_number >= config.federation.global_rounds and (finished := read_result(run_dir)):
         log.info("%s is finished: %d rounds", run_dir, state.round_number)
-        return finished
+        return finish_record(run_dir, finished, MlflowTracker(run_dir), "FINISHED") if has_record(run_dir) else finished
     setup = _prepare(config, run_dir, console)
     check_data(run_dir, setup.data_fingerprint, round_number=state.round_number)
     log.info("going on after round %d", state.round_number)
     with writing(run_dir):
         keep_rounds(run_dir, up_to=state.round_number)
     return _run(setup, run_dir, state, mlflow_run_id, console)
+
+
+def sync(run_dir: Path | str) -> None:
+    """Deliver to MLflow what it lacks of a run, a trial or a search, finished or not; nothing arrives twice.
+
+    Args:
+        run_dir: the run directory.
+
+    Raises:
+        TrackingError: the run has no MLflow run, or its store doesn't answer.
+    """
+    run_dir = Path(run_dir).absolute()
+    tracker, result = MlflowTracker(run_dir), read_result(run_dir)
+    if result is not None:
+        lacks = finish_record(run_dir, result, tracker, "FINISHED")["mlflow_lacks"]
+    else:
+        lacks = tracker.deliver(wait_s=WAIT_S)
+    if lacks:
+        raise TrackingError(f"the MLflow store {tracker.uri} still lacks {lacks}")
+    log.info("%s: the MLflow run %s holds everything", run_dir, tracker.address()[0])
 
 
 def _prepare(config: Config, run_dir: Path, console: Console) -> Setup:
@@ -180,6 +202,8 @@ def _tell(result: Mapping[str, Any], run_dir: Path, console: Console) -> None:
     lines += [f"digest {result['digest']}", f"results: {_shown(run_dir)}"]
     if result["mlflow_uri"]:
         lines.append(f"look:    mlflow ui --backend-store-uri {result['mlflow_uri']}")
+    if result["mlflow_lacks"]:
+        lines.append(f"MLflow lacks {result['mlflow_lacks']}")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

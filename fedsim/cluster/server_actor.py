@@ -13,7 +13,6 @@ import ray
 import torch
 
 from fedsim.cluster.pool import RayPool
-from fedsim.federation.background_tracker import BackgroundTracker
 from fedsim.federation.checkpoint import ServerState
 from fedsim.federation.experiment import Experiment, RunFiles
 from fedsim.federation.parts import choose_device
@@ -63,7 +62,8 @@ class ServerActor:
         )
         device = choose_device(gpus)
         server = Server(setup, pool, device=device, state=state, status=self._set_status, run_dir=files.run_dir)
-        return Experiment(server, files, BackgroundTracker(lambda: tracker), faults)
+        tracker.start()
+        return Experiment(server, files, tracker, faults)
 
     def _set_status(self, status: Mapping[str, Any]) -> None:
         self._status = dict(status)

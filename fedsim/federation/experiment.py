@@ -165,6 +165,7 @@ class Experiment:
             "versions": versions(),
             "mlflow_run_id": self._mlflow()[0],
             "mlflow_uri": self._mlflow()[1],
+            "mlflow_lacks": None,
             "used": dict(setup.used),
             "data_fingerprint": setup.data_fingerprint,
             "num_clients": setup.partition.num_clients,
@@ -177,11 +178,11 @@ class Experiment:
             save_adapter(run_dir / "adapter", self._server.parts.adapter, state.adapter, info=info)
             if setup.config.feda2v.save_generators:
                 self._server.save_generators(run_dir)
-            write_text(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
         self._tracker.log_report(self._report(history))
-        final = {f"final/{name.removeprefix('eval/')}": value for name, value in metrics.items() if "eval/" in name}
-        self._tracker.finish(status, final, {"digest": result["digest"], **_fault_tags(result["faults"])})
-        return result
+        with writing(run_dir):
+            write_text(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
+        # From here on the run is whole, whatever becomes of its record.
+        return finish_record(run_dir, result, self._tracker, status)
 
     def _mlflow(self) -> tuple[str | None, str | None]:
         """The MLflow run and its store."""
@@ -213,6 +214,19 @@ def count_faults(history: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 def _fault_tags(faults: Mapping[str, int]) -> dict[str, str]:
     return {"fedsim.faults": ", ".join(f"{count} {kind}" for kind, count in faults.items())} if faults else {}
+
+
+def finish_record(run_dir: Path, result: Mapping[str, Any], tracker: Tracker, status: str) -> dict[str, Any]:
+    """Close a whole run's record, once more if need be, and note in result.json where it is and what it lacks."""
+    metrics = result["metrics"]
+    final = {f"final/{name.removeprefix('eval/')}": value for name, value in metrics.items() if "eval/" in name}
+    lacks = tracker.finish(status, final, {"digest": result["digest"], **_fault_tags(result.get("faults", {}))})
+    run_id, uri = tracker.address() or (None, None)
+    told = {**result, "mlflow_run_id": run_id, "mlflow_uri": uri, "mlflow_lacks": lacks}
+    if told != result:
+        with writing(run_dir):
+            write_text(run_dir / "result.json", json.dumps(told, indent=2) + "\n")
+    return told
 
 
 def versions() -> dict[str, str]:

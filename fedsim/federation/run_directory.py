@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -70,9 +71,9 @@ def writing(run_dir: Path) -> Iterator[None]:
 def discard_unused(run_dir: Path) -> None:
     """Remove a run directory from which nothing can go on, so that a mended run can take its place.
 
-    That is one with its configuration and, at most, what clients kept of an unfinished first round.
+    That is one with its configuration and at most what clients kept of an unfinished first round and notes for MLflow.
     """
-    if {path.name for path in run_dir.iterdir()} - {LOCK} in ({"config.yaml"}, {"config.yaml", "clients"}):
+    if {path.name for path in run_dir.iterdir()} - {LOCK, "clients", "tracking"} == {"config.yaml"}:
         shutil.rmtree(run_dir)
 
 
@@ -103,10 +104,11 @@ def fault_record(fault: Fault) -> dict[str, object]:
     }
 
 
-def append_round(run_dir: Path, result: RoundResult) -> None:
-    """Add one object to metrics.jsonl: `round`, `metrics`, `seconds`, `lost`, `faults`; null for what isn't finite."""
-    record = {
+def round_record(result: RoundResult) -> dict[str, Any]:
+    """One object of metrics.jsonl: `round`, `time` (Unix seconds), `metrics`...; non-finite numbers become null."""
+    return {
         "round": result.round_number,
+        "time": round(time.time(), 3),
         "metrics": _finite(result.metrics),
         "seconds": dict(result.seconds),
         "lost": [{"client": lost.client, "reason": lost.reason} for lost in result.lost],
@@ -115,8 +117,12 @@ def append_round(run_dir: Path, result: RoundResult) -> None:
         "bytes_up": result.bytes_up,
         "bytes_down": result.bytes_down,
     }
+
+
+def append_round(run_dir: Path, result: RoundResult) -> None:
+    """Add one object to metrics.jsonl, see `round_record`."""
     with (run_dir / "metrics.jsonl").open("a") as stream:
-        stream.write(json.dumps(record) + "\n")
+        stream.write(json.dumps(round_record(result)) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -43,14 +43,13 @@ class FinalReport:
 
 
 class Tracker(Protocol):
-    """Records a run. Once opened it never stops a run: what it can't deliver it reports as a warning."""
+    """Records a run. It never stops one or holds it up: what it can't deliver it reports as a warning."""
 
-    def address(self) -> tuple[str, str] | None:
-        """Id of the run's record and address of the store that holds it, or None without one.
+    def start(self) -> None:
+        """Begin in the background; returns at once."""
 
-        Raises:
-            ConfigError: the store can't be opened.
-        """
+    def address(self) -> tuple[str | None, str] | None:
+        """Id of the run's record, None while it isn't made, and the store that holds it; or None without one."""
 
     def log_round(self, result: RoundResult) -> None:
         """Record the numbers of one round; a round that was recorded before is skipped."""
@@ -58,11 +57,14 @@ class Tracker(Protocol):
     def log_report(self, report: FinalReport) -> None:
         """Record plots, files and the final adapter, once, after the last round."""
 
-    def finish(self, status: str, summary: Mapping[str, float], tags: Mapping[str, str]) -> None:
-        """Close the record.
+    def finish(self, status: str, summary: Mapping[str, float], tags: Mapping[str, str]) -> str | None:
+        """Close the record; waits until all is recorded, for a bounded time.
 
         Args:
             status: "FINISHED", "FAILED" or "KILLED".
             summary: final metrics by name, e.g. "final/top1".
             tags: what is only known at the end, e.g. the digest.
+
+        Returns:
+            None, or what the record lacks and how to deliver it.
         """

@@ -1,4 +1,4 @@
-"""Opening the MLflow run of a run, a search or a trial: its name, parameters and tags."""
+"""The MLflow run of a run, a search or a trial: its name, parameters and tags."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Literal
 from fedsim import __version__
 from fedsim.config import Config, flatten
 from fedsim.federation.setup import Setup
-from fedsim.tracking.store import RunHandle, create_run, default_uri
+from fedsim.tracking.ledger import RunDescription, begin
+from fedsim.tracking.store import RunHandle, default_uri
 
 Kind = Literal["run", "search", "trial"]
 
@@ -19,27 +20,27 @@ def store_of(setup: Setup, run_dir: Path, parent: RunHandle | None = None) -> st
     return parent.uri if parent else default_uri(run_dir.parent, setup.config.tracking.uri)
 
 
-def open_record(
+def begin_record(
     setup: Setup, run_dir: Path, *, kind: Kind, run_id: str | None = None, parent: RunHandle | None = None
-) -> RunHandle | None:
-    """Create or reopen the MLflow run that belongs to a directory.
+) -> bool:
+    """Note how the MLflow run that belongs to a directory is made, or goes on; the store isn't asked.
 
     Args:
         setup: what is run.
         run_dir: directory of the run, search or trial; a default store lies in its folder.
         kind: what the run is, for its tag `fedsim.kind`.
-        run_id: run to reopen.
+        run_id: run to reopen, where the directory doesn't name it.
         parent: run to nest under, in whose store the new one is made.
 
     Returns:
-        The run's address, or None with `tracking.enabled: false`.
+        False with `tracking.enabled: false`.
 
     Raises:
-        ConfigError: the store can't be used.
+        TrackingError: the directory can't be written, or what it holds is damaged.
     """
     config = setup.config
     if not config.tracking.enabled:
-        return None
+        return False
     tags = {
         "fedsim.version": __version__,
         "fedsim.kind": kind,
@@ -49,15 +50,16 @@ def open_record(
         "mlflow.source.git.commit": git_commit(),
         **{f"fedsim.used.{part}": what for part, what in setup.used.items()},
     }
-    return create_run(
-        store_of(setup, run_dir, parent),
+    wanted = RunDescription(
+        uri=store_of(setup, run_dir, parent),
         experiment=config.tracking.experiment or config.experiment.name,
         run_name={"run": "", "search": "search-", "trial": f"{run_dir.name}-"}[kind] + _name(config),
-        params=flatten(config),
+        params={key: str(value) for key, value in flatten(config).items()},
         tags={key: value for key, value in tags.items() if value},
         parent_run_id=parent.run_id if parent else None,
-        run_id=run_id,
     )
+    begin(run_dir, wanted, run_id=run_id)
+    return True
 
 
 def _name(config: Config) -> str:

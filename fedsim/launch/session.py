@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from fedsim.errors import FedsimError
-from fedsim.federation.background_tracker import BackgroundTracker
 from fedsim.federation.checkpoint import ServerState
 from fedsim.federation.experiment import Experiment, ExperimentHandle, RunFiles
 from fedsim.federation.parts import choose_device
@@ -25,7 +24,7 @@ from fedsim.federation.pool import InProcessPool
 from fedsim.federation.server import Server
 from fedsim.federation.setup import Setup
 from fedsim.federation.tracker import Tracker
-from fedsim.launch.record import open_record, store_of
+from fedsim.launch.record import Kind, begin_record, store_of
 from fedsim.launch.signals import own_handlers
 from fedsim.models.encoders.threads import available_cores
 from fedsim.tracking.mlflow_tracker import MlflowTracker
@@ -53,18 +52,18 @@ def open_experiment(
     """An experiment in this process (`resources.client_actors: 0`) or in a server actor; closed in any case.
 
     A Ray that is already connected (a Tune trial, a job) is used, else one is started for the experiment. MLflow, which
-    takes seconds to load and to make a store, opens while Ray starts or, in this process, while the first round trains.
+    takes seconds to load and to make a store, opens while Ray starts and rounds train, or whenever its server answers.
 
     Args:
         setup: what `prepare` made, with settled resources.
         run_dir: the run directory; its folder is where a default MLflow store lies.
         status: told of phase and clients while a round runs.
         state: where to go on from.
-        mlflow_run_id: MLflow run to reopen.
+        mlflow_run_id: MLflow run to reopen, where the run directory doesn't name it.
         parent: the search's MLflow run, of which this run is a trial.
 
     Raises:
-        ConfigError: the MLflow store can't be used.
+        ConfigError: the MLflow store is no address of one, or a file that can't be used.
         ResourceError: the actors don't fit, or no Ray answers.
     """
     config, resources = setup.config, setup.config.resources
@@ -76,11 +75,11 @@ def open_experiment(
         keep_best=config.experiment.keep_best,
     )
     resumed = () if state is None else (_resumed(state.round_number),)
-    record = partial(_record, setup, run_dir, mlflow_run_id, parent)
     if config.tracking.enabled:
         check_store(store_of(setup, run_dir, parent))
+    tracker = _record(setup, run_dir, mlflow_run_id, parent)
     if resources.num_actors == 0:
-        tracker = BackgroundTracker(record)
+        tracker.start()
         device = choose_device(max(resources.server_gpus, resources.client_gpus))
 
         def in_process() -> ExperimentHandle:
@@ -96,15 +95,14 @@ def open_experiment(
     from fedsim.cluster.resources import check_fits, start_ray
 
     if config.tracking.enabled:
-        Thread(target=warm_up, args=(store_of(setup, run_dir, parent),)).start()
+        Thread(target=warm_up, args=(store_of(setup, run_dir, parent),), daemon=True).start()
     with own_handlers():
         started = start_ray(address=resources.address, num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
     try:
         if started:
             check_fits(demand_of(setup))
-        recorded = record()
-        remote = partial(RemoteExperiment, setup, files, recorded, state=state, status=status, faults=resumed)
-        with _closing(remote, recorded) as experiment:
+        remote = partial(RemoteExperiment, setup, files, tracker, state=state, status=status, faults=resumed)
+        with _closing(remote, tracker) as experiment:
             yield experiment
     finally:
         if started:
@@ -159,6 +157,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _record(setup: Setup, run_dir: Path, mlflow_run_id: str | None, parent: RunHandle | None) -> Tracker:
-    """The tracker of a run, opened."""
-    handle = open_record(setup, run_dir, kind="trial" if parent else "run", run_id=mlflow_run_id, parent=parent)
-    return MlflowTracker(handle) if handle else NullTracker()
+    """The tracker of a run, not yet started."""
+    kind: Kind = "trial" if parent else "run"
+    recorded = begin_record(setup, run_dir, kind=kind, run_id=mlflow_run_id, parent=parent)
+    return MlflowTracker(run_dir) if recorded else NullTracker()

@@ -7,10 +7,11 @@ from pathlib import Path
 from types import TracebackType
 
 from fedsim.federation.setup import Setup
-from fedsim.launch.record import open_record
+from fedsim.launch.record import begin_record
 from fedsim.search.records import SearchRecord
+from fedsim.tracking.calls import one_line, open_client, patience
 from fedsim.tracking.mlflow_tracker import MlflowTracker
-from fedsim.tracking.store import RunHandle, one_line, open_client, patience
+from fedsim.tracking.store import RunHandle
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,9 @@ class ParentRun:
 
     def start(self, setup: Setup, search_dir: Path) -> None:
         """Create the run, with store and experiment where they are missing, before two trials could do so at once."""
-        self.handle = open_record(setup, search_dir, kind="search")
+        if begin_record(setup, search_dir, kind="search"):
+            self._tracker = MlflowTracker(search_dir)
+            self.handle = self._tracker.open()
 
     def conclude(self, record: SearchRecord) -> None:
         """Remember what the closed run shall show: the best trial's metrics under their own names, and counts."""
@@ -56,7 +59,7 @@ class ParentRun:
         interrupted = kind is not None and not issubclass(kind, Exception)
         close_children(self.handle, "KILLED" if interrupted else "FAILED")
         status = "KILLED" if interrupted else "FINISHED" if kind is None else "FAILED"
-        MlflowTracker(self.handle).finish(status, self._summary, self._tags)
+        self._tracker.finish(status, self._summary, self._tags)
 
 
 def close_children(parent: RunHandle, status: str) -> int:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from fedsim import __version__
-from fedsim.tracking.store import RunHandle, open_client, patience
+from fedsim.tracking.calls import open_client, patience
+from fedsim.tracking.store import RunHandle
 
 REQUIREMENTS = ("fedsim-a2v", "torch", "safetensors", "numpy")
 
 
 def log_adapter_model(handle: RunHandle, adapter_dir: Path, *, name: str = "adapter", step: int = 0) -> str:
-    """Log the adapter of a run as a pyfunc model with a signature.
+    """Log the adapter of a run as a pyfunc model with a signature; again after a failure goes on with the same model.
 
     Args:
         handle: the run.
@@ -43,28 +44,35 @@ def log_adapter_model(handle: RunHandle, adapter_dir: Path, *, name: str = "adap
         from mlflow.models import Model
         from mlflow.pyfunc import save_model
 
-        model = client.create_logged_model(handle.experiment_id, name=name, source_run_id=handle.run_id)
-        try:
-            save_model(
-                path=f"{folder}/model",
-                python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-                artifacts={"adapter": str(adapter_dir)},
-                signature=_signature(adapter.input_shape, adapter.heads),
-                pip_requirements=[_requirement(package) for package in REQUIREMENTS],
-                mlflow_model=Model(
-                    artifact_path=model.artifact_location,
-                    run_id=handle.run_id,
-                    model_uuid=model.model_id,
-                    model_id=model.model_id,
-                ),
-            )
-            client.log_model_artifacts(model.model_id, f"{folder}/model")
-        except Exception:
-            client.finalize_logged_model(model.model_id, "FAILED")
-            raise
-        client.log_outputs(handle.run_id, models=[LoggedModelOutput(model.model_id, step=step)])
+        model = _made(client, handle, name)
+        if str(model.status) == "READY":
+            return f"models:/{model.model_id}"
+        save_model(
+            path=f"{folder}/model",
+            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+            artifacts={"adapter": str(adapter_dir)},
+            signature=_signature(adapter.input_shape, adapter.heads),
+            pip_requirements=[_requirement(package) for package in REQUIREMENTS],
+            mlflow_model=Model(
+                artifact_path=model.artifact_location,
+                run_id=handle.run_id,
+                model_uuid=model.model_id,
+                model_id=model.model_id,
+            ),
+        )
+        client.log_model_artifacts(model.model_id, f"{folder}/model")
+        outputs = client.get_run(handle.run_id).outputs
+        if model.model_id not in [output.model_id for output in (outputs.model_outputs if outputs else ())]:
+            client.log_outputs(handle.run_id, models=[LoggedModelOutput(model.model_id, step=step)])
         client.finalize_logged_model(model.model_id, "READY")
     return f"models:/{model.model_id}"
+
+
+def _made(client: Any, handle: RunHandle, name: str) -> Any:
+    """The run's model of this name: made now, or by an earlier call that got no further."""
+    models = client.search_logged_models([handle.experiment_id], filter_string=f"source_run_id = '{handle.run_id}'")
+    made = [model for model in models if model.name == name]
+    return made[0] if made else client.create_logged_model(handle.experiment_id, name, handle.run_id)
 
 
 def _signature(input_shape: tuple[int, ...], heads: dict[str, tuple[int, ...]]) -> Any:

@@ -14,6 +14,9 @@ log = logging.getLogger(__name__)
 class NullTracker:
     """Records nothing (a `Tracker`); plots are still drawn into the run directory."""
 
+    def start(self) -> None:
+        """Do nothing."""
+
     def address(self) -> None:
         """None: there is no record."""
 

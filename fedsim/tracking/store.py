@@ -10,17 +10,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from fedsim.errors import ConfigError
+from fedsim.tracking.calls import one_line, open_client, patience
 
 log = logging.getLogger(__name__)
 
@@ -30,17 +27,6 @@ KEY_LENGTH = 250
 PARAM_LENGTH = 6000
 TAG_LENGTH = 8000
 SQLITE_MAGIC = b"SQLite format 3\0"
-
-# MLflow's own patience (7 retries, 120 s each) would hold a round for minutes when a server is away.
-CALL_SETTINGS = {
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-}
-
-# One warns at every retry, where ours comes once; the other where fedsim runs from its source tree, not installed.
-NOISY_LOGGERS = ("urllib3.connectionpool", "mlflow.utils.requirements_utils")
 
 
 @dataclass(frozen=True)
@@ -93,14 +79,12 @@ def check_store(uri: str) -> None:
     """What can be told of a store without MLflow, which takes seconds to load.
 
     Raises:
-        ConfigError: a SQLite file that can't be written or is none, or a server of which no port answers.
+        ConfigError: a SQLite file that can't be written or is none. A server may answer later.
     """
     path = _sqlite_path(uri)
     try:
         if path is not None:
             _check_file(path)
-        elif uri.startswith(("http://", "https://")):
-            _check_answers(urlsplit(uri))
     except (OSError, ValueError) as error:
         raise _unusable(uri, error) from error
 
@@ -115,14 +99,6 @@ def _check_file(path: Path) -> None:
         start = stream.read(len(SQLITE_MAGIC))
     if start and start != SQLITE_MAGIC:
         raise ValueError(f"{path} is no SQLite database")
-
-
-def _check_answers(server: SplitResult) -> None:
-    host = server.hostname or ""
-    if server.scheme in getproxies() and not proxy_bypass(host):
-        return  # only the proxy knows
-    port = server.port or (443 if server.scheme == "https" else 80)
-    socket.create_connection((host, port), timeout=10).close()
 
 
 def warm_up(uri: str) -> None:
@@ -140,6 +116,7 @@ def create_run(
     tags: Mapping[str, str],
     parent_run_id: str | None = None,
     run_id: str | None = None,
+    token_tag: str | None = None,
 ) -> RunHandle:
     """Open a run, creating store and experiment where they are missing, or reopen `run_id` for a resume.
 
@@ -154,6 +131,7 @@ def create_run(
         tags: tags of the run; a value over 8000 characters is cut, with a warning.
         parent_run_id: run to nest under (the search a trial belongs to).
         run_id: run to reopen.
+        token_tag: name of a tag that no other run has with this value: a run that has it is reopened.
 
     Raises:
         ConfigError: the store can't be opened, or has no such run.
@@ -164,8 +142,11 @@ def create_run(
             client = open_client(uri)
             if run_id is None:
                 experiment_id = _experiment_id(client, uri, experiment)
-                run_id = client.create_run(experiment_id, run_name=run_name).info.run_id
-                known: Mapping[str, str] = {}
+                run_id = _found(client, experiment_id, token_tag, tags)
+            known: Mapping[str, str] = {}
+            if run_id is None:
+                token = {token_tag: tags[token_tag]} if token_tag else {}
+                run_id = str(client.create_run(experiment_id, run_name=run_name, tags=token).info.run_id)
             else:
                 run = client.get_run(run_id)
                 client.update_run(run_id, status="RUNNING")
@@ -186,48 +167,6 @@ def _unusable(uri: str, error: Exception) -> ConfigError:
     )
 
 
-def open_client(uri: str) -> Any:
-    """An `MlflowClient` of the store, opened without MLflow's chatter and telemetry."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
-    for name, level in (("alembic", logging.ERROR), ("mlflow.store.db.utils", logging.WARNING)):
-        logging.getLogger(name).setLevel(level)
-    with without_mlflow_warnings():
-        from mlflow import MlflowClient
-
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-@contextmanager
-def without_mlflow_warnings() -> Iterator[None]:
-    """Hide what a user can't mend: MLflow's deprecated calls of its libraries, its own types, its wish for an example.
-
-    The example of a model's input would only serve to find out the signature, which fedsim gives.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        for message in (".*Any type hint is inferred", ".*An input example was not provided"):
-            warnings.filterwarnings("ignore", message=message, category=UserWarning)
-        yield
-
-
-@contextmanager
-def patience() -> Iterator[None]:
-    """Around calls of MLflow: bound how long an absent server may take (about 20 s), unless the user's variables do."""
-    added = {name: value for name, value in CALL_SETTINGS.items() if name not in os.environ}
-    levels = {name: logging.getLogger(name).level for name in NOISY_LOGGERS}
-    os.environ.update(added)
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with without_mlflow_warnings():
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        for name in added:
-            os.environ.pop(name, None)
-
-
 def clean_key(name: str) -> str:
     """A name that MLflow takes as a metric or parameter: other characters become `_`, at most 250 of them."""
     return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)[:KEY_LENGTH]
@@ -238,12 +177,6 @@ def clean_tags(tags: Mapping[str, str]) -> list[Any]:
     from mlflow.entities import RunTag
 
     return [RunTag(clean_key(key), _cut(f"tag {key}", str(value), TAG_LENGTH)) for key, value in tags.items()]
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error's message, shortened to 200 characters."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _sqlite_uri(path: Path) -> str:
@@ -285,6 +218,14 @@ def _experiment_id(client: Any, uri: str, name: str) -> str:
             f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
         )
     return str(found.experiment_id)
+
+
+def _found(client: Any, experiment_id: str, token_tag: str | None, tags: Mapping[str, str]) -> str | None:
+    """The run with this tag, which an earlier call made whose answer got lost."""
+    if token_tag is None:
+        return None
+    runs = client.search_runs([experiment_id], f"tags.`{token_tag}` = '{tags[token_tag]}'", max_results=1)
+    return str(runs[0].info.run_id) if runs else None
 
 
 def _log_params(client: Any, run_id: str, params: Mapping[str, Any], known: Mapping[str, str]) -> None:

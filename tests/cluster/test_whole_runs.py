@@ -20,7 +20,7 @@ from fedsim.config import resolved_yaml
 from fedsim.federation.run_directory import read_history
 from fedsim.launch.record import git_commit
 from fedsim.models.saved import digest
-from fedsim.tracking.store import open_client
+from fedsim.tracking.calls import open_client
 
 ROOT = Path(__file__).resolve().parents[2]
 # Rounds of about a second, so that there is a middle to be killed in.
@@ -89,6 +89,7 @@ def test_a_run_leaves_the_directory_and_the_record_that_other_programs_rely_on(u
         "checkpoints",
         "adapter",
         "plots",
+        "tracking",
     }
     assert (folder.parent / "mlflow.db").is_file()
     assert json.loads((folder / "result.json").read_text()) == result

@@ -22,7 +22,7 @@ from fedsim.config import Config, load_config, resolved_yaml
 from fedsim.errors import ConfigError, FedsimError, ResourceError
 from fedsim.report.compare import compare_runs
 from fedsim.search.tune import run_search
-from fedsim.tracking.store import open_client
+from fedsim.tracking.calls import open_client
 
 Make = Callable[..., Config]
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning")]

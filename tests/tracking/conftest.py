@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from recorded import make_run_dir
 
 from fedsim.federation.tracker import FinalReport
-from fedsim.tracking.store import default_uri, open_client
+from fedsim.tracking.calls import open_client
+from fedsim.tracking.store import default_uri
 from fedsim.types import LostClient, RoundResult
 
 
@@ -29,6 +31,12 @@ def store(template_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     shutil.copy(template_database, tmp_path / "mlflow.db")
     return default_uri(tmp_path, None)
+
+
+@pytest.fixture
+def run_dir(store: str, tmp_path: Path) -> Path:
+    """A run directory that shall have an MLflow run in the store."""
+    return make_run_dir(tmp_path / "run", store)
 
 
 @pytest.fixture
@@ -54,7 +62,6 @@ def make_report(tmp_path: Path) -> Callable[..., FinalReport]:
         run_dir = tmp_path / "run"
         run_dir.mkdir(exist_ok=True)
         (run_dir / "config.yaml").write_text("experiment: {name: x}\n")
-        (run_dir / "metrics.jsonl").write_text('{"round": 1}\n')
         return FinalReport(
             run_dir=run_dir,
             class_names=tuple(f"class {number}" for number in range(num_classes)),

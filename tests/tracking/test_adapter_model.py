@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
@@ -10,15 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from recorded import make_run_dir, recorded
 
 import fedsim
-from fedsim.errors import ModelError
-from fedsim.federation.tracker import FinalReport
 from fedsim.models.adapters import HeadSpec, make_adapter
 from fedsim.models.saved import save_adapter
 from fedsim.tracking import MlflowTracker, RunHandle, create_run
 from fedsim.tracking.adapter_model import log_adapter_model
-from fedsim.tracking.store import open_client
+from fedsim.tracking.calls import open_client
 
 
 @pytest.fixture
@@ -107,19 +106,29 @@ def test_no_active_run_or_tracking_address_is_left_behind(handle: RunHandle, ada
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_the_report_carries_the_adapter_and_a_damaged_one_stops_nothing(
-    handle: RunHandle,
-    adapter_dir: Path,
-    make_report: Callable[..., FinalReport],
-    caplog: pytest.LogCaptureFixture,
+def test_a_second_attempt_goes_on_with_the_model_of_the_first(handle: RunHandle, adapter_dir: Path) -> None:
+    client = open_client(handle.uri)
+    begun = client.create_logged_model(handle.experiment_id, "adapter", handle.run_id)  # and then the server went away
+    for _ in range(2):
+        assert log_adapter_model(handle, adapter_dir, step=4) == f"models:/{begun.model_id}"
+    [model] = client.search_logged_models([handle.experiment_id])
+    assert str(model.status) == "READY"
+    assert len(client.get_run(handle.run_id).outputs.model_outputs) == 1
+
+
+def test_the_record_carries_the_adapter_and_a_damaged_one_stops_nothing(
+    run_dir: Path, adapter_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tracker = MlflowTracker(handle)
-    tracker.log_report(make_report(adapter_dir=adapter_dir))
+    shutil.copytree(adapter_dir, run_dir / "adapter")
+    tracker = MlflowTracker(run_dir)
+    assert tracker.finish("FINISHED", {}, {}) is None
     assert [record.getMessage() for record in caplog.records if record.name.startswith("fedsim")] == []
-    [model] = open_client(handle.uri).search_logged_models([handle.experiment_id])
+    experiment = recorded(run_dir).info.experiment_id
+    [model] = open_client(tracker.uri).search_logged_models([experiment])
     assert str(model.status) == "READY"
     (adapter_dir / "adapter.safetensors").unlink()
-    with pytest.raises(ModelError):
-        log_adapter_model(handle, adapter_dir)
-    tracker.log_report(make_report(adapter_dir=adapter_dir))
-    assert "did not take artifacts" in caplog.text
+    damaged = make_run_dir(run_dir.with_name("damaged"), tracker.uri)
+    shutil.copytree(adapter_dir, damaged / "adapter")
+    assert MlflowTracker(damaged).finish("FINISHED", {}, {}) is None
+    assert "the adapter can't be logged as a model" in caplog.text
+    assert recorded(damaged).info.status == "FINISHED"

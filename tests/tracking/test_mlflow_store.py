@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedsim.errors import ConfigError
-from fedsim.tracking.store import CALL_SETTINGS, create_run, default_uri, open_client, patience
+from fedsim.tracking.calls import CALL_SETTINGS, open_client, patience
+from fedsim.tracking.store import check_store, create_run, default_uri
 
 
 def test_an_explicit_store_beats_the_environment_which_beats_the_default(
@@ -103,7 +104,7 @@ def test_an_unknown_run_and_a_trashed_experiment_are_one_line_errors(store: str)
         create_run(store, experiment="e", run_name="r", params={}, tags={})
 
 
-def test_an_absent_server_is_an_error_before_training_starts() -> None:
+def test_an_absent_server_is_an_error_of_one_line() -> None:
     with pytest.raises(ConfigError, match=r"http://127\.0\.0\.1:9 can't be used") as caught:
         create_run("http://127.0.0.1:9", experiment="e", run_name="r", params={}, tags={})
     assert "\n" not in str(caught.value)
@@ -118,6 +119,22 @@ def test_http_limits_hold_only_for_our_calls_and_never_beat_the_users(monkeypatc
         assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == CALL_SETTINGS["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+
+
+def test_what_is_wrong_with_a_store_is_told_without_mlflow(tmp_path: Path, store: str) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("no database, but text of some length")
+    for uri in (f"sqlite:///{text}", f"sqlite:///{text}/mlflow.db"):
+        with pytest.raises(
+            ConfigError, match=r"the MLflow store .* can't be used: .*tracking\.enabled=false"
+        ) as caught:
+            check_store(uri)
+        assert "\n" not in str(caught.value)
+    fine = tmp_path / "new" / "mlflow.db"
+    check_store(f"sqlite:///{fine}")
+    assert not fine.exists()
+    for uri in (store, "postgresql://user@host/db", "http://127.0.0.1:9"):  # a server may answer later
+        check_store(uri)
 
 
 @pytest.mark.slow
