@@ -73,6 +73,7 @@ def test_rounds_are_lines_of_json(tmp_path):
         "metrics": {"eval/top1": 0.5, "bad": None, "worse": None},
         "seconds": {"train": 0.25},
         "lost": [{"client": 3, "reason": "its actor died"}],
+        "faults": [],
         "cohort_size": 5,
         "bytes_up": 1000,
         "bytes_down": 20,
