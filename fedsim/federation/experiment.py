@@ -113,8 +113,8 @@ class Experiment:
             if result.round_number > files.recorded:
                 result, self._faults = replace(result, faults=tuple(self._faults)), []
                 append_round(files.run_dir, result)
-            self._tracker.log_round(result)
             self._recorded = self._server.state
+            self._tracker.log_round(result)
             self._top1[result.round_number] = result.metrics.get("eval/top1")
             if result.round_number % files.checkpoint_every == 0 or result.round_number == files.last_round:
                 self._save()

@@ -130,6 +130,7 @@ def test_clients_that_keep_their_tensors_get_them_back_over_the_wire(cluster, se
     assert numbers(again) == numbers(results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["own", "shared"])
 def test_generators_of_clients_are_the_same_over_the_wire(cluster, setup, mode):
     own = reconfigured(setup, "feda2v.global_model_train=false", *OWN_GENERATORS, f"feda2v.client_generator={mode}")

@@ -127,7 +127,6 @@ def shown(what: str, counts: Counter[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.chaos
 @pytest.mark.parametrize("kind", ["server step", "clients keep", "own generators"])
 def test_mutations_of_checkpoints_and_of_what_clients_keep(setup, tmp_path, kind):
     overrides = {
@@ -162,7 +161,6 @@ def test_mutations_of_checkpoints_and_of_what_clients_keep(setup, tmp_path, kind
 
 
 @pytest.mark.slow
-@pytest.mark.chaos
 def test_mutations_of_a_saved_adapter(setup, tmp_path):
     server, _ = run(setup, 1)
     save_adapter(tmp_path, server.parts.adapter, server.state.adapter, info={"class_names": ["dog"], "top1": 0.5})
@@ -178,7 +176,6 @@ def test_mutations_of_a_saved_adapter(setup, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.chaos
 def test_mutations_of_saved_generators(setup, tmp_path):
     server, _ = run(reconfigured(setup, *ONLY_GENERATORS), 2)
     server.save_generators(tmp_path)

@@ -46,6 +46,7 @@ def refusal(action) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_by_name_and_changes_nothing(holder, tmp_path):
     run_dir = tmp_path / "run"
     message = (
@@ -131,6 +132,7 @@ print(entered)
 """
 
 
+@pytest.mark.slow
 def test_many_that_come_and_go_are_never_two_at_a_time(tmp_path):
     (tmp_path / "trace").write_text("")
     command = [sys.executable, "-c", RACER, str(tmp_path / "run"), str(tmp_path / "trace")]

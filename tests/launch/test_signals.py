@@ -167,6 +167,7 @@ def test_a_signal_before_the_first_round_leaves_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_round_under_way_is_abandoned_bit_for_bit(tmp_path):
     # The signal comes at every place where the server tells of its progress.
     from fedsim.launch.session import open_experiment
