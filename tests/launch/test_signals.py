@@ -155,7 +155,7 @@ def test_the_second_signal_does_not_wait_for_a_clean_end(first, second, code):
 
 @pytest.mark.slow
 def test_a_signal_before_the_first_round_leaves_nothing(tmp_path):
-    with running(tmp_path, "federation.local_epochs=100000", rounds=0) as process:
+    with running(tmp_path, "federation.local_epochs=2000", rounds=0) as process:
         end = time.monotonic() + 120
         while not (tmp_path / "run" / "config.yaml").is_file():
             assert time.monotonic() < end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -46,5 +47,11 @@ def twice(database: Path) -> list[tuple[str, str, int]]:
     return [row for row, count in Counter(rows).items() if count > 1]
 
 
-def mlflow_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "mlflow"]
+def mlflow_threads(*, left_s: float = 5.0) -> list[threading.Thread]:
+    """Threads that deliver; those that are about to end get some time."""
+    until = time.monotonic() + left_s
+    while found := [thread for thread in threading.enumerate() if thread.name == "mlflow"]:
+        if time.monotonic() > until:
+            break
+        time.sleep(0.05)
+    return found
