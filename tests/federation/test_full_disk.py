@@ -1,4 +1,4 @@
-"""A disk that is full or read-only in mid-write: one line, exit code 2, the last checkpoint good, nothing half read."""
+"""A disk that is full in mid-write: one line, exit code 2, the last checkpoint good, nothing half read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS = {"server step": (*SERVER_STEP, *ROUNDS), "clients keep": (*NONE, *ROUNDS
 
 
 class Disk:
-    """A tmpfs of its own, which can be made smaller, larger and read-only."""
+    """A tmpfs of its own, which can be made smaller and larger."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -39,9 +39,6 @@ class Disk:
 
     def size(self, kilobytes: int) -> None:
         self.call("mount", "-o", f"remount,size={kilobytes}k", str(self.folder))
-
-    def read_only(self, value: bool) -> None:
-        self.call("mount", "-o", "remount," + ("ro" if value else "rw"), str(self.folder))
 
     def close(self) -> None:
         self.call("umount", "-l", str(self.folder))
@@ -106,36 +103,6 @@ def test_a_full_disk_ends_a_run_in_one_line_and_a_resume_has_the_same_digest(who
         shutil.rmtree(run_dir)
     print(f"full disk: ended and resumed after rounds {ended}")
     assert len(set(ended.values())) > 1
-
-
-@pytest.mark.slow
-@pytest.mark.chaos
-def test_a_disk_that_becomes_read_only_leaves_the_last_checkpoint_good(whole, disk):
-    config, file, digest, _ = whole
-    run_dir = disk.folder / "run"
-    process = start("run", str(file), "--output", str(run_dir))
-    while process.poll() is None and len(checkpoints_of(run_dir)) < 3:
-        pass
-    # What is open for writing keeps the disk writable: stop the process at a moment without.
-    for _ in range(1000):
-        try:
-            disk.read_only(True)
-            break
-        except subprocess.CalledProcessError:
-            continue
-    else:
-        process.kill()
-        process.communicate()
-        pytest.skip("the run's files are open at every moment: this kind can't be made read-only")
-    code, out, err = finish(process)
-    assert (code, err.count("\n")) == (2, 1), (out, err)
-    assert "Read-only file system" in err
-    state, _ = load_checkpoint(run_dir, config)
-    assert state.round_number >= 3
-    code, _, err = finish(start("resume", str(run_dir)))
-    assert (code, err) == (2, f"error: can't write the run directory {run_dir}: Read-only file system\n")
-    disk.read_only(False)
-    assert session.resume(run_dir)["digest"] == digest
 
 
 LIMITED = """
