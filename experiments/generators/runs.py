@@ -136,7 +136,8 @@ def run_cell(cell: Cell, setting: Setting, method: Sequence[str], output: Path, 
     if not marker.exists() or marker.read_text() != asked:
         shutil.rmtree(run_dir, ignore_errors=True)  # a run that was broken off, or of a method that has changed
         store = [f"tracking.enabled={str(tracked).lower()}", f"tracking.uri=sqlite:///{output.resolve()}/mlflow.db"]
-        fedsim.run(configuration(cell, setting, [*method, *store], output), output=run_dir)
+        overrides = [*method, *store, "tracking.plots=false"]
+        fedsim.run(configuration(cell, setting, overrides, output), output=run_dir)
         marker.write_text(asked)
     rounds = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     metrics = [found["metrics"] for found in rounds]

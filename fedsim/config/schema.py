@@ -533,6 +533,9 @@ class Tracking(Section):
     enabled: bool = key(True, "log to MLflow; metrics.jsonl is written either way")
     uri: str | None = key(None, "tracking store (default: $MLFLOW_TRACKING_URI, else SQLite mlflow.db in output_dir)")
     experiment: str | None = key(None, "MLflow experiment (default: experiment.name)")
+    plots: bool = key(
+        True, "draw pictures after the last round (about two seconds: a study of many short runs can do without)"
+    )
 
 
 class SearchRange(Section):

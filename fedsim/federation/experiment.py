@@ -178,7 +178,8 @@ class Experiment:
             save_adapter(run_dir / "adapter", self._server.parts.adapter, state.adapter, info=info)
             if setup.config.feda2v.save_generators:
                 self._server.save_generators(run_dir)
-        self._tracker.log_report(self._report(history))
+        if setup.config.tracking.plots:
+            self._tracker.log_report(self._report(history))
         with writing(run_dir):
             write_text(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
         # From here on the run is whole, whatever becomes of its record.

@@ -79,12 +79,9 @@ class MlflowTracker:
 
     def log_report(self, report: FinalReport) -> None:
         """Write the plots; they are delivered with the end, with config.yaml, metrics.jsonl and the adapter's model."""
-        from fedsim.tracking.plots import write_plots
+        from fedsim.tracking.plots import try_plots
 
-        try:
-            write_plots(report)
-        except Exception:  # a picture is not worth a finished run
-            log.warning("plots of %s could not be drawn", report.run_dir, exc_info=True)
+        try_plots(report)
 
     def finish(self, status: str, summary: Mapping[str, float], tags: Mapping[str, str]) -> str | None:
         """Deliver what is left, the summary at the last round and the tags, and close the run.

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 from fedsim.federation.tracker import FinalReport
 from fedsim.types import RoundResult
-
-log = logging.getLogger(__name__)
 
 
 class NullTracker:
@@ -25,12 +22,9 @@ class NullTracker:
 
     def log_report(self, report: FinalReport) -> None:
         """Write the plots into the run directory."""
-        from fedsim.tracking.plots import write_plots
+        from fedsim.tracking.plots import try_plots
 
-        try:
-            write_plots(report)
-        except Exception:  # a picture is not worth a finished run
-            log.warning("plots of %s could not be drawn", report.run_dir, exc_info=True)
+        try_plots(report)
 
     def finish(self, status: str, summary: Mapping[str, float], tags: Mapping[str, str]) -> None:
         """Do nothing: result.json holds the end."""

@@ -6,6 +6,7 @@ n real rows, m synthetic rows, E width of a flattened audio embedding.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from typing import Any, Literal
 import numpy as np
 
 from fedsim.federation.tracker import FinalReport
+
+log = logging.getLogger(__name__)
 
 MAX_POINTS = 2000
 """Rows of each kind in the picture of the embeddings; evenly spaced ones where there are more."""
@@ -40,6 +43,14 @@ QUALITY_PANELS: Sequence[Panel] = (
     ("neighbourhoods", "share", {"coverage": "generator/coverage", "precision": "generator/precision"}),
     ("trained on synthetic, tested on real", "top-1", {"accuracy": "generator/tstr_top1"}),
 )  # fmt: skip
+
+
+def try_plots(report: FinalReport) -> None:
+    """`write_plots`, where a failure is a warning: a picture is not worth a finished run."""
+    try:
+        write_plots(report)
+    except Exception:
+        log.warning("plots of %s could not be drawn", report.run_dir, exc_info=True)
 
 
 def write_plots(report: FinalReport) -> list[Path]:

@@ -51,6 +51,12 @@ def test_a_run_directory_holds_what_other_programs_rely_on(finished):
     assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pt", ".bin") or "partial" in path.name]
 
 
+def test_a_run_can_do_without_pictures(finished, tmp_path):
+    result = session.run(tiny_config(*CONFIG, "tracking.plots=false"), output=tmp_path / "run")
+    assert not (tmp_path / "run" / "plots").exists()
+    assert result["digest"] == finished[1]["digest"]
+
+
 def test_the_digest_is_that_of_the_server_and_of_the_saved_adapter(finished, setup):
     folder, result, _ = finished
     assert result["digest"] == digest_after(setup)
