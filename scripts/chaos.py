@@ -2,10 +2,12 @@
 """Breaks real runs and checks that they end with the digest of the calm run: the table of docs/reliability.md.
 
 Every line is whole runs of the command line in processes of their own, with Ray, SQLite MLflow and a VAE, of which
-something is killed, stopped or starved in mid-round:
+something is killed, stopped, starved or cut off in mid-round:
 
     python scripts/chaos.py --times 5                     # all faults
     python scripts/chaos.py --times 1 client server       # some
+
+`hosts`, `link`, `link_noticed` and `host` need root: they run on two hosts in network namespaces.
 """
 
 from __future__ import annotations
@@ -16,128 +18,19 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
+from broken_runs import HEALTH, MEMORY, Run, actors, calm_digest, joining, recoveries, start, steps_in_mlflow, two_nodes
+from two_hosts import TwoHosts, can_make_hosts, two_hosts
 
-SETTINGS = {
-    "data.name": "synthetic",
-    "data.clips_per_class": 8,
-    "data.classes": "[dog, rain, sneezing, chainsaw]",
-    "experiment.name": "chaos",
-    "experiment.checkpoint_every": 2,
-    "federation.num_clients": 8,
-    "federation.global_rounds": 6,
-    "federation.local_epochs": 30,
-    "model.heads": "{clip: [16], t5: [4, 16]}",
-    "model.audio_encoder.name": "logmel",
-    "model.audio_encoder.segments": 4,
-    "model.audio_encoder.dim": 32,
-    "model.text_encoder.name": "seeded",
-    "model.adapters.clip.preset": "mlp",
-    "model.adapters.clip.hidden": "[16]",
-    "model.adapters.t5.preset": "slim",
-    "model.adapters.t5.hidden": "[16]",
-    "model.adapters.t5.width": 16,
-    "model.adapters.t5.num_heads": 2,
-    "training.batch_size": 4,
-    "training.learning_rate": 0.01,
-    "feda2v.global_model_train": "true",
-    "feda2v.use_generator": "true",
-    "feda2v.generator_type": "vae",
-    "feda2v.generator_rows": "lowrank",
-    "feda2v.generator_rank": 4,
-    "feda2v.generator_hidden_dim": 16,
-    "feda2v.generator_latent_dim": 4,
-    "feda2v.global_model_train_from_nodes_adapters": "true",
-    "feda2v.global_model_train_epochs": 2,
-    "privacy.min_count": 2,
-    "resources.block_size": 1,
-}
-HEALTH = {
-    "RAY_health_check_initial_delay_ms": "500",
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "2",
-    "RAY_AUTH_MODE": "disabled",
-}
-PATIENCE_S = 900.0
-
-
-class Run:
-    """One run of the command line, its lines with the time at which they came, and its processes."""
-
-    def __init__(self, folder: Path, words: list[str], environment: dict[str, str] | None = None) -> None:
-        self.folder, self.lines = folder, list[tuple[float, str]]()
-        hidden = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")
-        env = {k: v for k, v in os.environ.items() if k not in hidden} | {"OMP_NUM_THREADS": "1", **(environment or {})}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "fedsim", *words],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for line in self.process.stdout or ():
-            self.lines.append((time.monotonic(), line.rstrip()))
-
-    @property
-    def text(self) -> str:
-        """What it has printed so far."""
-        return "\n".join(line for _, line in self.lines)
-
-    def rounds(self) -> list[dict]:
-        """The objects of metrics.jsonl so far."""
-        path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-    def wait_for_round(self, number: int) -> None:
-        """Until a round is over, and a little into the next one."""
-        end = time.monotonic() + PATIENCE_S
-        while len(self.rounds()) < number:
-            if self.process.poll() is not None or time.monotonic() > end:
-                raise SystemExit(f"the run ended too soon, or hangs:\n{self.text}")
-            time.sleep(0.05)
-        time.sleep(random.uniform(0.1, 0.6))
-
-    def end(self) -> int:
-        """Its exit code, once it has ended."""
-        try:
-            code = self.process.wait(timeout=PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise SystemExit(f"the run hangs:\n{self.text}") from None
-        self._reader.join(timeout=5)
-        return code
-
-
-def actors(kind: str, root: int) -> list[psutil.Process]:
-    """Processes of the actors of a class below a process."""
-    found = []
-    for process in psutil.Process(root).children(recursive=True):
-        try:
-            if any(f"ray::{kind}" in word for word in process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-def start(folder: Path, settings: dict[str, object] | None = None) -> list[str]:
-    """The words of a `fedsim run` of two client actors, with other settings on top."""
-    settings = SETTINGS | {"resources.num_cpus": 2, "resources.client_actors": 2} | (settings or {})
-    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    return ["run", "--output", str(folder), *words]
+CUT_S = 20.0
 
 
 def strike_actor(kind: str, number: int) -> Callable[[Path], tuple[Run, dict]]:
@@ -157,6 +50,8 @@ def strike_driver(folder: Path) -> tuple[Run, dict]:
     run = Run(folder, start(folder))
     run.wait_for_round(random.randint(1, 4))
     family = psutil.Process(run.process.pid).children(recursive=True)
+    # Ray's agents look for their parent once a minute.
+    family = [process for process in family if "Agent" not in process.name()]
     run.process.kill()
     struck = time.monotonic()
     _, left = psutil.wait_procs(family, timeout=60)
@@ -189,26 +84,75 @@ def strike_memory(folder: Path) -> tuple[Run, dict]:
 
 
 def strike_node(folder: Path, *, joins: bool = False) -> tuple[Run, dict]:
-    """Two nodes of two actors beside a head without CPUs; the raylet of one is killed."""
-    os.environ.update(HEALTH)
-    from ray.cluster_utils import Cluster
-
-    memory = {"object_store_memory": 100 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **memory})
-    nodes = [cluster.add_node(num_cpus=2, **memory) for _ in range(2)]
-    try:
-        settings = {"resources.client_actors": 4, "resources.num_cpus": "null", "resources.address": cluster.address}
+    """The raylet of one of two nodes is killed."""
+    with two_nodes() as (cluster, nodes, settings):
         run = Run(folder, start(folder, settings=settings), HEALTH)
         run.wait_for_round(random.randint(1, 3))
         cluster.remove_node(random.choice(nodes), allow_graceful=False)
         if joins:
             run.wait_for_round(len(run.rounds()) + 1)
-            cluster.add_node(num_cpus=2, **memory)
+            cluster.add_node(num_cpus=2, **MEMORY)
         run.end()
         back = len(re.findall(r"client actor \S+ is up again", run.text))
         return run, {"note": f"{back} actors started on the node that joined"} if joins else {}
-    finally:
-        cluster.shutdown()
+
+
+def strike_speed(folder: Path) -> tuple[Run, dict]:
+    """Client actors of one of two nodes get a tenth of the time for the rest of the run."""
+    with two_nodes() as (_, nodes, settings):
+        run = Run(folder, start(folder, settings=settings), HEALTH)
+        run.wait_for_round(1)
+        slow = actors("ClientActor", nodes[0].all_processes["raylet"][0].process.pid)
+        while run.process.poll() is None:
+            for number, seconds in ((signal.SIGSTOP, 0.45), (signal.SIGCONT, 0.05)):
+                for process in slow:
+                    with suppress(psutil.Error):
+                        process.send_signal(number)
+                time.sleep(seconds)
+        run.end()
+        return run, {"note": f"{len(slow)} of 4 actors slowed down"}
+
+
+@contextmanager
+def run_on_two_hosts(folder: Path, environment: dict[str, str] | None = None) -> Iterator[tuple[TwoHosts, Run]]:
+    """A run on the first of two hosts, with two client actors on each."""
+    with two_hosts(environment) as hosts:
+        environment = {"RAY_AUTH_MODE": "disabled"} | (environment or {})
+        yield hosts, Run(folder, start(folder, settings=joining(hosts.address)), environment, before=hosts.on(0))
+
+
+def strike_nothing(folder: Path) -> tuple[Run, dict]:
+    """A run across two hosts."""
+    with run_on_two_hosts(folder) as (_, run):
+        run.end()
+        return run, {}
+
+
+def strike_link(folder: Path, *, environment: dict[str, str] | None = None) -> tuple[Run, dict]:
+    """The cable between two hosts is cut and mended again."""
+    with run_on_two_hosts(folder, environment) as (hosts, run):
+        run.wait_for_round(random.randint(1, 3))
+        done, hosts_cut = len(run.rounds()), time.monotonic()
+        hosts.cut()
+        time.sleep(CUT_S)
+        meanwhile = len(run.rounds()) - done
+        hosts.mend()
+        mended, done = time.monotonic(), len(run.rounds())
+        while len(run.rounds()) <= done and run.process.poll() is None:
+            time.sleep(0.05)
+        after = time.monotonic() - mended
+        run.end()
+        seen = {"note": f"{meanwhile} rounds while cut off for {mended - hosts_cut:.0f} s"}
+        return run, seen if environment else seen | {"seconds": after}
+
+
+def strike_host(folder: Path) -> tuple[Run, dict]:
+    """The second of two hosts fails in round 3 with everything on it."""
+    with run_on_two_hosts(folder, HEALTH) as (hosts, run):
+        run.wait_for_round(2)
+        gone = hosts.kill(1)
+        run.end()
+        return run, {"note": f"{gone} processes gone"}
 
 
 FAULTS: dict[str, tuple[str, Callable[[Path], tuple[Run, dict]]]] = {
@@ -219,26 +163,26 @@ FAULTS: dict[str, tuple[str, Callable[[Path], tuple[Run, dict]]]] = {
     "driver": ("driver, `kill -9`, then `fedsim resume`", strike_driver),
     "node": ("raylet of one of two nodes, `kill -9`", strike_node),
     "join": ("the same, and another node joins", lambda folder: strike_node(folder, joins=True)),
+    "slow": ("client actors of one of two nodes get a tenth of the time", strike_speed),
+    "hosts": ("none, on two hosts", strike_nothing),
+    "link": ("link between two hosts cut for 20 s", strike_link),
+    "link_noticed": ("the same, and Ray takes the host for dead", partial(strike_link, environment=HEALTH)),
+    "host": ("second of two hosts, all processes and the link, in round 3", strike_host),
 }
-LATER = re.compile(r"is done by \S+, ([\d.]+) s later|up again, ([\d.]+) s after its death")
+NEED_ROOT = ("hosts", "link", "link_noticed", "host")
 
 
 def check(run: Run, digest: str, seen: dict) -> dict:
     """What is in the run directory and in MLflow after a fault."""
-    from fedsim.tracking.store import open_client
-
     if run.end():
         raise SystemExit(f"the run failed:\n{run.text}")
     result, history = json.loads((run.folder / "result.json").read_text()), run.rounds()
-    client = open_client(result["mlflow_uri"])
-    steps = [metric.step for metric in client.get_metric_history(result["mlflow_run_id"], "round")]
-    later = [float(a or b) for a, b in LATER.findall(run.text)]
     return {
         "equal": result["digest"] == digest,
         "lost": sum(len(record["lost"]) for record in history),
-        "once": [record["round"] for record in history] == sorted(steps) == list(range(1, 7)),
+        "once": [record["round"] for record in history] == steps_in_mlflow(result) == list(range(1, 7)),
         "faults": result["faults"],
-        "seconds": seen.get("seconds", max(later, default=float("nan"))),
+        "seconds": seen.get("seconds", max(recoveries(run.text), default=float("nan"))),
         "note": seen.get("note", ""),
     }
 
@@ -251,16 +195,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     random.seed(options.seed)
+    chosen = options.faults or [name for name in FAULTS if can_make_hosts() or name not in NEED_ROOT]
+    if len(chosen) < len(options.faults or FAULTS):
+        print(f"left out, they need root: {', '.join(NEED_ROOT)}", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="fedsim-chaos-") as folder:
-        here = {"resources.client_actors": 0, "resources.num_cpus": 1, "tracking.enabled": "false"}
-        calm = Run(Path(folder) / "calm", start(Path(folder) / "calm", settings=here))
-        if calm.end():
-            raise SystemExit(calm.text)
-        digest = json.loads((calm.folder / "result.json").read_text())["digest"]
+        digest = calm_digest(Path(folder) / "calm")
         print("| fault | injected | recovered | seconds to recover, most | clients lost | digest equal | named as |")
         print("|---|---|---|---|---|---|---|", flush=True)
         failed = False
-        for name in options.faults or FAULTS:
+        for name in chosen:
             title, strike = FAULTS[name]
             seen = [check(*parts) for parts in _struck(strike, Path(folder), name, options.times, digest)]
             equal, kinds = sum(s["equal"] and s["once"] for s in seen), sorted({k for s in seen for k in s["faults"]})
