@@ -88,7 +88,13 @@ class ServerGenerator:
         for epoch in report.epochs:
             for line in describe_epoch(config.feda2v.generator_type, self._setup.class_names, epoch):
                 log.info(line)
-        log.info("Generator training completed. Average loss: %.4f", report.mean_loss)
+        if report.epochs:
+            log.info("Generator training completed. Average loss: %.4f", report.mean_loss)
+        else:
+            log.info(
+                "Generator training completed: %s is fitted to class statistics, without a loss",
+                config.feda2v.generator_type,
+            )
         return report
 
     def draw(self, known: ClassStats, condition: Tensor, per_class: int, stream: np.random.Generator) -> Synthetic:

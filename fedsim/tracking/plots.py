@@ -46,10 +46,10 @@ QUALITY_PANELS: Sequence[Panel] = (
 
 
 def try_plots(report: FinalReport) -> None:
-    """`write_plots`, where a failure is a warning: a picture is not worth a finished run."""
+    """`write_plots`, where a failure is a warning."""
     try:
         write_plots(report)
-    except Exception:
+    except Exception:  # a picture is not worth a finished run
         log.warning("plots of %s could not be drawn", report.run_dir, exc_info=True)
 
 
@@ -60,19 +60,17 @@ def write_plots(report: FinalReport) -> list[Path]:
         The files, in the order confusion_matrix, embeddings (only where there are real rows), learning_curves,
         generator_quality (only where it was measured).
     """
-    names = report.class_names
-    figures = {"confusion_matrix": confusion_matrix(report.confusion, names)}
+    figures = {"confusion_matrix": confusion_matrix(report.confusion, report.class_names)}
     if len(report.real):
         figures["embeddings"] = embeddings(
             report.real, report.real_label, synthetic=report.synthetic, synthetic_label=report.synthetic_label,
-            class_names=names,
+            class_names=report.class_names,
         )  # fmt: skip
     figures["learning_curves"] = learning_curves(report.history)
     if any(name.startswith("generator/") for entry in report.history for name in entry.get("metrics") or {}):
         figures["generator_quality"] = generator_quality(report.history)
-    folder = report.run_dir / "plots"
+    folder, paths = report.run_dir / "plots", []
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
     for name, figure in figures.items():
         path, partial = folder / f"{name}.png", folder / f"{name}.png.tmp"
         figure.savefig(partial, format="png", dpi=120)

@@ -332,6 +332,12 @@ def test_losses_are_logged_in_the_originals_words(setup, caplog):
     assert "Adapter fine-tuning completed. Average loss: " in caplog.text
 
 
+def test_a_generator_that_has_no_loss_says_so(setup, caplog):
+    with caplog.at_level(logging.INFO, logger="fedsim"):
+        run(reconfigured(setup, "feda2v.generator_type=gaussian"), 1)
+    assert "Generator training completed: gaussian is fitted to class statistics, without a loss" in caplog.text
+
+
 def test_metrics_of_a_round(setup):
     _, (result, *_) = run(setup, 1)
     wanted = {"server/generator_loss", "server/adapter_finetuning_loss", "train/loss", "clients/per_second"}
