@@ -334,7 +334,7 @@ def test_losses_are_logged_in_the_originals_words(setup, caplog):
 
 def test_a_generator_that_has_no_loss_says_so(setup, caplog):
     with caplog.at_level(logging.INFO, logger="fedsim"):
-        run(reconfigured(setup, "feda2v.generator_type=gaussian"), 1)
+        run(reconfigured(setup, *SERVER_STEP, "feda2v.generator_type=gaussian"), 1)
     assert "Generator training completed: gaussian is fitted to class statistics, without a loss" in caplog.text
 
 
