@@ -72,7 +72,7 @@ def strike_driver(folder: Path) -> tuple[Run, dict]:
 def strike_memory(folder: Path) -> tuple[Run, dict]:
     """The node runs out of memory by a balloon, whose size is what is needed until Ray kills an actor."""
     memory = psutil.virtual_memory()
-    limit = (memory.total - memory.available) / memory.total + 0.08
+    limit = (memory.total - memory.available) / memory.total + 0.12
     environment = {"RAY_memory_usage_threshold": f"{limit:.3f}", "RAY_memory_monitor_refresh_ms": "100"}
     run = Run(folder, start(folder), environment)
     run.wait_for_round(random.randint(1, 3))

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fedsim.cluster.faults import CREATION, alive_nodes, kind_of, reason_of
+from fedsim.cluster.faults import CREATION, WEATHER, alive_nodes, kind_of, reason_of
 from fedsim.errors import ResourceError
 from fedsim.types import Fault
 
@@ -107,7 +107,7 @@ class Crew:
         worker = self.starting.pop(ready)
         try:
             worker.node_id, worker.address, worker.pid = ray.get(ready)
-        except RayActorError as error:
+        except WEATHER as error:
             reason = " ".join(reason_of(error).split())
             if CREATION in str(error):
                 self._failed_starts += 1

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 
 import ray
-from ray.exceptions import ActorUnavailableError, OutOfMemoryError
+from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayActorError
 
+WEATHER = (RayActorError, ObjectLostError, OutOfMemoryError)
+"""What a call raises whose actor is gone, or its answer: nobody's bug, it is done elsewhere."""
 LOW_MEMORY = "running low on memory"
 CREATION = "error raised in its creation task"
 

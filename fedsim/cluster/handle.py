@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayTaskError
 
 from fedsim.cluster.crew import Worker
-from fedsim.cluster.faults import kind_of, reason_of
+from fedsim.cluster.faults import WEATHER, kind_of, reason_of
 from fedsim.cluster.resources import ACTOR_ENVIRONMENT, Demand, check_fits
 from fedsim.cluster.server_actor import ServerActor
 from fedsim.errors import FedsimError, ResourceError
@@ -79,9 +79,12 @@ class RemoteExperiment:
         self._finished = state.round_number if state else 0
         self._deaths = 0
         self._where = Worker(None, name="server")
-        self._actor = self._start(files, state)
+        try:
+            self._start(files, state)
+        except ServerDeath as death:
+            self._survive(death, lambda: None)
 
-    def _start(self, files: RunFiles, state: ServerState | None) -> Any:
+    def _start(self, files: RunFiles, state: ServerState | None) -> None:
         resources = self._setup.config.resources
         level = logging.getLogger("fedsim").getEffectiveLevel()
         actor = (
@@ -101,7 +104,6 @@ class RemoteExperiment:
             ray.kill(actor)
             raise
         self._where.node_id, self._where.address, self._where.pid = where
-        return actor
 
     def round(self) -> RoundResult:
         """Run the next round; status and log records arrive meanwhile."""
@@ -119,15 +121,18 @@ class RemoteExperiment:
         self._wait(self._actor.stop.remote(), poll=False)
 
     def _lasting(self, call: Callable[[], Any]) -> Any:
-        """The result of a call, with as many server actors as it takes.
+        """The result of a call, with as many server actors as it takes."""
+        try:
+            return call()
+        except ServerDeath as death:
+            return self._survive(death, call)
+
+    def _survive(self, error: ServerDeath, call: Callable[[], Any]) -> Any:
+        """The result of a call that a new server actor is asked for.
 
         Raises:
             ResourceError: `MAX_SERVER_DEATHS` died without a round in between.
         """
-        try:
-            return call()
-        except ServerDeath as death:
-            error = death
         while True:
             self._deaths += 1
             fault = self._where.fault(f"server {error.kind}", self._finished + 1, None, error.reason)
@@ -173,7 +178,7 @@ class RemoteExperiment:
 
     def close(self) -> None:
         """End all actors."""
-        with suppress(RayActorError, RayTaskError, TimeoutError):  # client actors go with their owner in any case
+        with suppress(*WEATHER, RayTaskError, TimeoutError):  # client actors go with their owner in any case
             ray.get(self._actor.close.remote(), timeout=10)
         ray.kill(self._actor)
 
@@ -189,9 +194,10 @@ class RemoteExperiment:
         except RayTaskError as error:
             cause = getattr(error, "cause", None)
             raise cause if isinstance(cause, FedsimError) else error from None
-        except RayActorError as error:
+        except WEATHER as error:
             raise ServerDeath(kind_of(error, self._where.node_id), reason_of(error)) from error
-        self._relay(timeout=60.0)
+        with suppress(*WEATHER):  # the result is here; that the server is gone is the next call's business
+            self._relay(timeout=60.0)
         return result
 
     def _relay(self, *, timeout: float) -> None:

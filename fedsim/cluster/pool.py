@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from fedsim.algorithms.batches import num_batches
 from fedsim.cluster.client_actor import ClientActor
 from fedsim.cluster.crew import Crew, Worker
 from fedsim.cluster.deadlines import Deadlines
-from fedsim.cluster.faults import plain
+from fedsim.cluster.faults import WEATHER, plain
 from fedsim.cluster.resources import ACTOR_ENVIRONMENT
 from fedsim.cluster.wire import pack_block, pack_broadcast, unpack_update
 from fedsim.errors import ClientError, FedsimError, ResourceError
@@ -30,7 +30,6 @@ from fedsim.federation.setup import Setup
 from fedsim.types import Block, BlockUpdate, Broadcast, Fault
 
 log = logging.getLogger(__name__)
-WEATHER = (RayActorError, ObjectLostError, OutOfMemoryError)
 BLOCKS_IN_FLIGHT = 2
 """Per actor: one that trains, and one whose rows are prepared meanwhile."""
 POLL_S = 1.0

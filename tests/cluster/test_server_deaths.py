@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+import time
 
 import pytest
 from processes import actors, kill, wait_for
@@ -97,3 +98,27 @@ def test_a_server_that_dies_while_it_writes_the_results_writes_them_again(cluste
     assert final["digest"] == digest(reference.state.adapter)
     assert final["faults"] == {"server killed": 1}
     assert [record["round"] for record in read_history(tmp_path)] == [1]
+
+
+def kill_first_server() -> None:
+    """Kill the server actor as soon as it has a process, long before it is up."""
+    end = time.monotonic() + 60
+    while not (found := actors("ServerActor")) and time.monotonic() < end:
+        time.sleep(0.005)
+    kill(found[0])
+
+
+def test_a_server_that_dies_before_it_is_up_is_started_again(cluster, setup, tmp_path):
+    two = reconfigured(setup, *LONG, "federation.global_rounds=1")
+    reference, _ = run(two)
+    killer = threading.Thread(target=kill_first_server)
+    killer.start()
+    experiment = remote(two, tmp_path)
+    killer.join()
+    try:
+        result = experiment.round()
+        final = experiment.finish("FINISHED")
+    finally:
+        experiment.close()
+    assert final["digest"] == digest(reference.state.adapter)
+    assert [fault.kind for fault in result.faults] == ["server killed"]
