@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from fedsim.cluster.crew import Worker
 from fedsim.cluster.faults import kind_of, reason_of
+from fedsim.cluster.placement import ServerPlace
 from fedsim.cluster.resources import ACTOR_ENVIRONMENT, Demand, check_fits
 from fedsim.cluster.server_actor import ServerActor
 from fedsim.errors import FedsimError, ResourceError
@@ -75,11 +76,16 @@ class RemoteExperiment:
             # Inside a placement group (a Tune trial) the group already holds what the actors need.
             check_fits(demand_of(setup))
         self._setup, self._files, self._tracker, self._status = setup, files, tracker, status
+        self._place = ServerPlace(cpus=setup.config.resources.server_cpus, gpus=setup.config.resources.server_gpus)
         self._faults = list(faults)
         self._finished = state.round_number if state else 0
         self._deaths = 0
         self._where = Worker(None, name="server")
-        self._actor = self._start(files, state)
+        try:
+            self._actor = self._start(files, state)
+        except BaseException:
+            self._place.close()
+            raise
 
     def _start(self, files: RunFiles, state: ServerState | None) -> Any:
         resources = self._setup.config.resources
@@ -89,6 +95,7 @@ class RemoteExperiment:
             .options(
                 num_cpus=resources.server_cpus,
                 num_gpus=resources.server_gpus,
+                scheduling_strategy=self._place.strategy(),
                 max_concurrency=2,
                 runtime_env={"env_vars": ACTOR_ENVIRONMENT},
             )
@@ -176,6 +183,7 @@ class RemoteExperiment:
         with suppress(RayActorError, RayTaskError, TimeoutError):  # client actors go with their owner in any case
             ray.get(self._actor.close.remote(), timeout=10)
         ray.kill(self._actor)
+        self._place.close()
 
     def _wait(self, ref: Any, *, poll: bool = True) -> Any:
         """The result of a call to the server actor, unwrapped from Ray's errors.

@@ -22,6 +22,7 @@ from fedsim.cluster.client_actor import ClientActor
 from fedsim.cluster.crew import Crew, Worker
 from fedsim.cluster.deadlines import Deadlines
 from fedsim.cluster.faults import plain
+from fedsim.cluster.placement import client_strategy
 from fedsim.cluster.resources import ACTOR_ENVIRONMENT
 from fedsim.cluster.wire import pack_block, pack_broadcast, unpack_update
 from fedsim.errors import ClientError, FedsimError, ResourceError
@@ -107,6 +108,7 @@ class RayPool:
         remote_class = ray.remote(ClientActor).options(
             num_cpus=cpus,
             num_gpus=gpus,
+            scheduling_strategy=client_strategy(setup.config.resources.placement),
             max_restarts=0,
             max_concurrency=BLOCKS_IN_FLIGHT,
             runtime_env={"env_vars": ACTOR_ENVIRONMENT},
