@@ -1,8 +1,8 @@
 """What this process may use of the machine: cores and memory under affinity, control groups and Slurm.
 
 A container, a Slurm job or a systemd slice sees all cores and all memory of its host, and is slowed down or killed when
-it uses them. Everything in fedsim that counts cores or memory asks here. GPUs need nothing: torch and Ray count those of
-CUDA_VISIBLE_DEVICES, which Slurm and containers set.
+it uses them. Everything in fedsim that counts cores or memory asks here. GPUs need nothing: torch and Ray count those
+of CUDA_VISIBLE_DEVICES, which Slurm and containers set.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where actors go: the server's own bundle, held for the whole run, and client actors packed or spread over nodes.
 
 The server's bundle is a placement group, so what it needs stays its own while it is restarted, also when another run
-of the cluster looks for a GPU. Client actors aren't in the group: a bundle on a node in quarantine would wait there, and
-bundles of a node that died would all wait for room for all, while single actors start wherever there is room.
+of the cluster looks for a GPU. Client actors aren't in the group: a bundle on a node in quarantine would wait there,
+and bundles of a node that died would all wait for room for all, while single actors start wherever there is room.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from fedsim.cluster.resources import described_nodes
+from fedsim.cluster.resources import ACTOR_ENVIRONMENT, described_nodes
 from fedsim.errors import ResourceError
 
 log = logging.getLogger(__name__)
@@ -79,8 +79,10 @@ class ServerPlace:
         self._group = None
 
 
-def client_strategy(placement: Literal["pack", "spread"]) -> str | None:
-    """Ray's scheduling strategy for client actors; None where a trial's placement group decides."""
+def client_options(*, cpus: float, gpus: float, placement: Literal["pack", "spread"]) -> dict[str, Any]:
+    """Ray's options of client actors: what each takes, and where they go, unless a trial's placement group decides."""
+    environment = {"env_vars": ACTOR_ENVIRONMENT}
+    options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "runtime_env": environment}
     if ray.get_runtime_context().should_capture_child_tasks_in_placement_group:
-        return None
-    return {"pack": "DEFAULT", "spread": "SPREAD"}[placement]
+        return options
+    return options | {"scheduling_strategy": {"pack": "DEFAULT", "spread": "SPREAD"}[placement]}

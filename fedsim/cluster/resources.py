@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import ray
 
+from fedsim.cluster.shipping import code_for_nodes
 from fedsim.errors import ResourceError
 from fedsim.machine import memory_limit, usable_memory, whole_cores
 
@@ -78,7 +79,7 @@ def start_ray(*, address: str | None, num_cpus: int | None, num_gpus: int | None
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
         try:
-            ray.init(address=address, **quiet)
+            ray.init(address=address, runtime_env=code_for_nodes(), **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ResourceError(f"no Ray cluster answers at {address!r}: {error}".splitlines()[0]) from error
         return True
