@@ -87,7 +87,11 @@ def test_code_and_embeddings_reach_a_node_that_has_neither(tmp_path, monkeypatch
         assert there.returncode == 0, there.stdout + there.stderr
         half = {"resources.server_cpus": 0.5, "resources.client_cpus": 0.5}
         refused = run(driver / "refused", driver, "--address", cluster.address, **half)
-        monkeypatch.setenv(shipping.JOB_ENVIRONMENT, json.dumps({"runtime_env": {"py_modules": []}}))
+        other = own / "something_else"
+        other.mkdir()
+        (other / "__init__.py").write_text("")
+        job = {"runtime_env": {"py_modules": [str(other)]}, "metadata": {}}
+        monkeypatch.setenv(shipping.JOB_ENVIRONMENT, json.dumps(job))
         bare = run(driver / "bare", driver, "--address", cluster.address)
     digests = [json.loads((driver / name / "result.json").read_text())["digest"] for name in ("calm", "there")]
     assert digests[0] == digests[1]
