@@ -1,4 +1,4 @@
-"""Joins a cluster and says where actors are: `placed.py clients|server ADDRESS PLACEMENT` (see test_placement.py)."""
+"""Joins a cluster and says where actors are: `placed.py WHAT ADDRESS PLACEMENT` (see test_placement.py)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import ray
 from worlds import SERVER_STEP, make_server, tiny_config
 
@@ -72,11 +73,25 @@ def server(setup: Setup) -> dict[str, object]:
     }
 
 
+def moved(setup: Setup) -> dict[str, object]:
+    """A server whose node dies: the nodes of both, and the digest of the whole run."""
+    run_dir = Path(tempfile.mkdtemp())
+    files = RunFiles(run_dir=run_dir, checkpoint_every=1, last_round=4, keep_last=None, keep_best=None)
+    made = RemoteExperiment(setup, files, NullTracker(), state=None, status=lambda _: None)
+    made.round()
+    before = made._where.node_id
+    psutil.Process(made._where.pid).parent().kill()  # the raylet
+    faults = [fault.kind for _ in range(3) for fault in made.round().faults]
+    result = made.finish("FINISHED")
+    made.close()
+    return {"before": before, "after": made._where.node_id, "faults": faults, "digest": result["digest"]}
+
+
 if __name__ == "__main__":
     what, address, placement = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    gpus = ("resources.server_gpus=1",) if what == "server" else ()
+    gpus = ("resources.server_gpus=1",) if what != "clients" else ()
     config = tiny_config(*SERVER_STEP, f"resources.placement={placement}", "resources.client_actors=2", *gpus)
     start_ray(address=address, num_cpus=None, num_gpus=None)
-    found = {"clients": clients, "server": server}[what](prepare(config))
+    found = {"clients": clients, "server": server, "moved": moved}[what](prepare(config))
     print(json.dumps(found))

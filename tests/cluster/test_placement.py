@@ -33,6 +33,16 @@ def test_the_servers_gpu_stays_its_own_while_it_is_started_again():
     assert found["refused"].count(" CPU, ") == 3, "every node is named with what it has"
 
 
+@pytest.mark.chaos
+def test_the_servers_bundle_moves_when_its_node_dies():
+    alone = digest_after(prepare(tiny_config(*SERVER_STEP)))
+    with cluster_of({"num_cpus": 2, "num_gpus": 1}, {"num_cpus": 2, "num_gpus": 1}) as cluster:
+        found = program("placed.py", "moved", cluster.address, "pack")
+    assert found["before"] != found["after"]
+    assert found["faults"][0] in ("server node lost", "server killed", "server unreachable")
+    assert found["digest"] == alone
+
+
 def test_another_name_is_refused():
     with pytest.raises(ConfigError, match=r"placement.*pack"):
         tiny_config("resources.placement=strict")

@@ -21,6 +21,7 @@ federation: {num_clients: 8, global_rounds: 6, local_epochs: 60}
 model:
   heads: {clip: [16]}
   audio_encoder: {name: logmel, segments: 4, dim: 32}
+  text_encoder: {name: seeded}
   adapters: {clip: {preset: mlp, hidden: [16]}}
 training: {batch_size: 4}
 privacy: {min_count: 1}
