@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,7 @@ def test_everything_that_counts_cores_respects_the_limits(monkeypatch):
     monkeypatch.setenv("SLURM_CPUS_ON_NODE", "1")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)  # another test may be connected
     assert machine.whole_cores() == 1
     assert available_cores() == 1
     assert _machine(load_config(None)).cpus == 1
@@ -130,7 +132,6 @@ def test_everything_that_counts_cores_respects_the_limits(monkeypatch):
 @pytest.mark.slow
 def test_a_private_ray_is_told_of_the_limits():
     import subprocess
-    import sys
 
     program = (
         "import ray; from fedsim.cluster.handle import stop_ray; from fedsim.cluster.resources import start_ray; "
