@@ -16,8 +16,8 @@ MEMORY = {"object_store_memory": 100 * 2**20}
 QUICK_HEALTH = {
     "RAY_health_check_initial_delay_ms": "500",
     "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "2",
+    "RAY_health_check_timeout_ms": "5000",  # a busy machine isn't a dead one
+    "RAY_health_check_failure_threshold": "3",
 }
 
 
