@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fedsim.cli import doctor
 from fedsim.cli.doctor import Finding, examine
+from fedsim.machine import usable_cores
 
 
 def states(findings: object) -> dict[str, str]:
@@ -37,10 +38,10 @@ def test_cores_are_those_this_process_may_use() -> None:
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(before)})
-        assert doctor.usable_cores() <= 1
+        assert usable_cores() <= 1
     finally:
         os.sched_setaffinity(0, before)
-    assert 0 < doctor.usable_cores() <= len(before)
+    assert 0 < usable_cores() <= len(before)
 
 
 def test_the_machine_has_memory_and_a_word_about_gpus() -> None:

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fedsim"
 LAYERS = {
     "config": 0,
     "errors": 0,
+    "machine": 0,
     "seeding": 0,
     "types": 0,
     "models": 1,

@@ -21,6 +21,7 @@ from rich.text import Text
 from fedsim import __version__
 from fedsim.config import Config
 from fedsim.errors import DataError, FedsimError
+from fedsim.machine import usable_cores, usable_memory
 
 STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
 NEEDED = ("torch", "ray", "transformers", "mlflow")
@@ -86,8 +87,7 @@ def check_machine() -> Iterator[Finding]:
 
     yield Finding("cores", "ok", f"{usable_cores():g}")
     memory = psutil.virtual_memory()
-    limit = _number_in("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-    total = min(memory.total, limit or memory.total)
+    total = usable_memory()
     free = min(memory.available, total) / 1e9
     little = free < LITTLE_MEMORY_GB
     yield Finding(
@@ -101,28 +101,6 @@ def check_machine() -> Iterator[Finding]:
     names = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     gpus = ", ".join(f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for gpu in names)
     yield Finding("GPUs", "ok", gpus or "none: runs on the CPU")
-
-
-def usable_cores() -> float:
-    """Cores that this process may use: its affinity, and the quota of its control group."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, period = None, 100_000.0
-    try:
-        words = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        quota, period = (None if words[0] == "max" else float(words[0])), float(words[1])
-    except (OSError, ValueError, IndexError):
-        quota = _number_in("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
-        period = _number_in("/sys/fs/cgroup/cpu/cpu.cfs_period_us") or period
-    return min(float(affinity), quota / period) if quota and quota > 0 else float(affinity)
-
-
-def _number_in(*paths: str) -> float | None:
-    for path in paths:
-        try:
-            return float(Path(path).read_text())
-        except (OSError, ValueError):
-            continue
-    return None
 
 
 def check_disk() -> Iterator[Finding]:

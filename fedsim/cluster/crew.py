@@ -7,19 +7,21 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedsim.cluster.faults import CREATION, WEATHER, alive_nodes, kind_of, reason_of
-from fedsim.errors import ResourceError
+from fedsim.errors import FedsimError, ResourceError
 from fedsim.types import Fault
 
 log = logging.getLogger(__name__)
+Supply = Callable[[], list[Any]]
 MAX_FAILED_STARTS = 3
 NODE_LABEL = "ray.io/node-id"
 
@@ -72,15 +74,24 @@ class Crew:
     """Keeps a number of actors up.
 
     Args:
-        remote_class: the actor class with its options; its `ready` says (node id, address, process id).
+        remote_class: the actor class with its options; its `ready` says (node id, address, process id, whether it has
+            its data).
         arguments: of its constructor.
+        supply: makes the message that brings its data to an actor that has none.
         num_actors: how many.
         max_deaths: an actor that dies so often in a row, without training a block in between, isn't started on the node
             of its last death again, and neither is any other.
     """
 
-    def __init__(self, remote_class: Any, arguments: tuple[Any, ...], *, num_actors: int, max_deaths: int) -> None:
-        self._remote_class, self._arguments, self._max_deaths = remote_class, arguments, max_deaths
+    def __init__(
+        self, remote_class: Any, arguments: tuple[Any, ...], *, supply: Supply, num_actors: int, max_deaths: int
+    ) -> None:
+        self._supply, self._remote_class, self._arguments, self._max_deaths = (
+            supply,
+            remote_class,
+            arguments,
+            max_deaths,
+        )
         self.workers: list[Worker] = []
         self.starting: dict[Any, Worker] = {}
         self._quarantined: set[str] = set()
@@ -102,11 +113,15 @@ class Crew:
         """Take up an actor whose `ready` has answered, or start another one where it died before.
 
         Raises:
+            FedsimError: it can't keep what it is sent.
             ResourceError: its constructor fails every time.
         """
         worker = self.starting.pop(ready)
         try:
-            worker.node_id, worker.address, worker.pid = ray.get(ready)
+            worker.node_id, worker.address, worker.pid, has_data = ray.get(ready)
+        except RayTaskError as error:
+            cause = getattr(error, "cause", None)
+            raise cause if isinstance(cause, FedsimError) else error from None
         except WEATHER as error:
             reason = " ".join(reason_of(error).split())
             if CREATION in str(error):
@@ -118,6 +133,10 @@ class Crew:
             log.warning("client actor %s died before it was up: %s", worker.name, reason)
             return [worker.fault("not started", round_number, None, reason), *self._replace(worker, round_number)]
         self._failed_starts = 0
+        if not has_data:
+            log.info("the embeddings aren't on node %s: they are sent to %s", worker.node, worker.name)
+            self.starting[worker.actor.receive.remote(self._supply())] = worker
+            return []
         self.workers.append(worker)
         if worker.replaces_s is not None:
             after = time.monotonic() - worker.replaces_s

@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError, RayTaskError
 
 from fedsim.cluster.crew import Worker
 from fedsim.cluster.faults import WEATHER, kind_of, reason_of
+from fedsim.cluster.placement import ServerPlace
 from fedsim.cluster.resources import ACTOR_ENVIRONMENT, Demand, check_fits
 from fedsim.cluster.server_actor import ServerActor
 from fedsim.errors import FedsimError, ResourceError
@@ -75,14 +76,16 @@ class RemoteExperiment:
             # Inside a placement group (a Tune trial) the group already holds what the actors need.
             check_fits(demand_of(setup))
         self._setup, self._files, self._tracker, self._status = setup, files, tracker, status
+        self._place = ServerPlace(cpus=setup.config.resources.server_cpus, gpus=setup.config.resources.server_gpus)
         self._faults = list(faults)
         self._finished = state.round_number if state else 0
         self._deaths = 0
         self._where = Worker(None, name="server")
         try:
-            self._start(files, state)
-        except ServerDeath as death:
-            self._survive(death, lambda: None)
+            self._lasting(lambda: self._start(files, state), lambda: None)
+        except BaseException:
+            self._place.close()
+            raise
 
     def _start(self, files: RunFiles, state: ServerState | None) -> None:
         resources = self._setup.config.resources
@@ -92,6 +95,7 @@ class RemoteExperiment:
             .options(
                 num_cpus=resources.server_cpus,
                 num_gpus=resources.server_gpus,
+                scheduling_strategy=self._place.strategy(),
                 max_concurrency=2,
                 runtime_env={"env_vars": ACTOR_ENVIRONMENT},
             )
@@ -120,19 +124,16 @@ class RemoteExperiment:
         """Write a checkpoint of the last finished round where there is none; the round under way is abandoned."""
         self._wait(self._actor.stop.remote(), poll=False)
 
-    def _lasting(self, call: Callable[[], Any]) -> Any:
-        """The result of a call, with as many server actors as it takes."""
-        try:
-            return call()
-        except ServerDeath as death:
-            return self._survive(death, call)
-
-    def _survive(self, error: ServerDeath, call: Callable[[], Any]) -> Any:
-        """The result of a call that a new server actor is asked for.
+    def _lasting(self, call: Callable[[], Any], again: Callable[[], Any] | None = None) -> Any:
+        """The result of a call, or of `again` to a server actor that had to be started meanwhile.
 
         Raises:
             ResourceError: `MAX_SERVER_DEATHS` died without a round in between.
         """
+        try:
+            return call()
+        except ServerDeath as death:
+            error = death
         while True:
             self._deaths += 1
             fault = self._where.fault(f"server {error.kind}", self._finished + 1, None, error.reason)
@@ -144,7 +145,7 @@ class RemoteExperiment:
             self._faults.append(fault)
             try:
                 self._restart(fault)
-                return call()
+                return (again or call)()
             except ServerDeath as death:
                 error = death
 
@@ -181,6 +182,7 @@ class RemoteExperiment:
         with suppress(*WEATHER, RayTaskError, TimeoutError):  # client actors go with their owner in any case
             ray.get(self._actor.close.remote(), timeout=10)
         ray.kill(self._actor)
+        self._place.close()
 
     def _wait(self, ref: Any, *, poll: bool = True) -> Any:
         """The result of a call to the server actor, unwrapped from Ray's errors.

@@ -22,7 +22,8 @@ from fedsim.cluster.client_actor import ClientActor
 from fedsim.cluster.crew import Crew, Worker
 from fedsim.cluster.deadlines import Deadlines
 from fedsim.cluster.faults import WEATHER, plain
-from fedsim.cluster.resources import ACTOR_ENVIRONMENT
+from fedsim.cluster.placement import client_options
+from fedsim.cluster.shipping import StoreSupply, portable
 from fedsim.cluster.wire import pack_block, pack_broadcast, unpack_update
 from fedsim.errors import ClientError, FedsimError, ResourceError
 from fedsim.federation.pool import LostBlock, longest_first
@@ -103,15 +104,11 @@ class RayPool:
     def __init__(self, setup: Setup, *, num_actors: int, cpus: float, gpus: float, max_attempts: int) -> None:
         self._setup, self._max_attempts = setup, max_attempts
         self._deadlines = Deadlines(setup.config.resources.block_timeout)
-        remote_class = ray.remote(ClientActor).options(
-            num_cpus=cpus,
-            num_gpus=gpus,
-            max_restarts=0,
-            max_concurrency=BLOCKS_IN_FLIGHT,
-            runtime_env={"env_vars": ACTOR_ENVIRONMENT},
-        )
+        options = client_options(cpus=cpus, gpus=gpus, placement=setup.config.resources.placement)
+        remote_class = ray.remote(ClientActor).options(max_concurrency=BLOCKS_IN_FLIGHT, **options)
         # One more than a block's attempts: a block that kills its actors is lost before a node is blamed for it.
-        self.crew = Crew(remote_class, (ray.put(setup), gpus), num_actors=num_actors, max_deaths=max_attempts + 1)
+        arguments, supply, deaths = (ray.put(portable(setup)), gpus), StoreSupply(setup).message, max_attempts + 1
+        self.crew = Crew(remote_class, arguments, supply=supply, num_actors=num_actors, max_deaths=deaths)
         self._last_up = time.monotonic()
 
     def train(self, blocks: Sequence[Block], broadcast: Broadcast) -> Iterator[Answer]:

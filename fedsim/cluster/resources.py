@@ -12,10 +12,15 @@ from dataclasses import dataclass
 
 import ray
 
+from fedsim.cluster.shipping import code_for_nodes
 from fedsim.errors import ResourceError
+from fedsim.machine import memory_limit, usable_memory, whole_cores
 
 log = logging.getLogger(__name__)
 
+NODES_SHOWN = 16
+STORE_SHARE, LEAST_STORE_BYTES = 0.3, 80 * 2**20
+"""Ray's own default, and somewhat more than the least it takes; by itself it looks at a container's top group only."""
 ACTOR_ENVIRONMENT = {
     # One thread an actor: parallelism comes from actors, and sums keep their order.
     "OMP_NUM_THREADS": "1",
@@ -55,7 +60,7 @@ def start_ray(*, address: str | None, num_cpus: int | None, num_gpus: int | None
 
     Args:
         address: of the cluster to join; None for RAY_ADDRESS, else a private Ray.
-        num_cpus: CPUs a private Ray is told of; None lets it look.
+        num_cpus: CPUs a private Ray is told of; None for those that this process may use.
         num_gpus: GPUs a private Ray is told of; None lets it look.
 
     Returns:
@@ -74,7 +79,7 @@ def start_ray(*, address: str | None, num_cpus: int | None, num_gpus: int | None
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
         try:
-            ray.init(address=address, **quiet)
+            ray.init(address=address, runtime_env=code_for_nodes(), **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ResourceError(f"no Ray cluster answers at {address!r}: {error}".splitlines()[0]) from error
         return True
@@ -83,9 +88,10 @@ def start_ray(*, address: str | None, num_cpus: int | None, num_gpus: int | None
     try:
         ray.init(
             address="local",
-            num_cpus=num_cpus,
+            num_cpus=whole_cores() if num_cpus is None else num_cpus,
             num_gpus=num_gpus,
             include_dashboard=False,
+            object_store_memory=_store_bytes(),
             _temp_dir=folder,
             **quiet,
         )
@@ -96,6 +102,12 @@ def start_ray(*, address: str | None, num_cpus: int | None, num_gpus: int | None
             "when it is less busy, or train in this process with resources.client_actors: 0"
         ) from error
     return True
+
+
+def _store_bytes() -> int | None:
+    """Ray's share of memory for its object store, of what a control group allows; None where Ray sees all there is."""
+    limit = memory_limit()
+    return None if limit is None else max(int(STORE_SHARE * usable_memory()), LEAST_STORE_BYTES)
 
 
 def _check_answers(address: str) -> None:
@@ -117,8 +129,8 @@ def check_fits(demand: Demand) -> None:
     Raises:
         ResourceError: it doesn't fit.
     """
-    free = [_free(node) for node in ray.nodes() if node["Alive"]]
-    bundles = demand.bundles()
+    nodes = free_by_node()
+    free, bundles = list(nodes.values()), demand.bundles()
     for resource, keys in (
         ("CPU", "resources.client_actors, client_cpus or server_cpus"),
         ("GPU", "resources.client_actors, client_gpus or server_gpus"),
@@ -126,15 +138,15 @@ def check_fits(demand: Demand) -> None:
         wanted, there = sum(bundle[resource] for bundle in bundles), sum(node[resource] for node in free)
         if wanted > there + 1e-6:
             raise ResourceError(
-                f"the actors ask for {wanted:g} {resource}s ({_sum(demand, resource)}) but Ray has {there:g} free; "
+                f"the actors ask for {wanted:g} {resource}s ({_sum(demand, resource)}) but Ray has {there:g} free"
+                f"{f' ({described_nodes(nodes)})' if len(nodes) > 1 else ''}; "
                 f"lower {keys}, or join a larger cluster with --address"
             )
     unplaced = place(bundles, free)
     if unplaced is not None:
         raise ResourceError(
             f"no node can hold an actor of {_describe(unplaced)} beside the others: {len(bundles)} actors ask for "
-            f"{', '.join(sorted({_describe(bundle) for bundle in bundles}))}; the nodes have "
-            f"{'; '.join(_describe(node) for node in free)} free"
+            f"{', '.join(sorted({_describe(bundle) for bundle in bundles}))}; free are {described_nodes(nodes)}"
         )
 
 
@@ -143,9 +155,24 @@ def cluster_resources() -> Mapping[str, float]:
     return {name: float(ray.cluster_resources().get(name, 0.0)) for name in ("CPU", "GPU")}
 
 
-def _free(node: Mapping[str, object]) -> dict[str, float]:
-    available = ray._private.state.available_resources_per_node().get(node["NodeID"], {})
-    return {"CPU": float(available.get("CPU", 0.0)), "GPU": float(available.get("GPU", 0.0))}
+def free_by_node() -> dict[str, dict[str, float]]:
+    """CPUs and GPUs that are free, by the nodes' names for people."""
+    available = ray._private.state.available_resources_per_node()
+    return {
+        f"{node['NodeManagerHostname']} {node['NodeManagerAddress']} ({node['NodeID'][:8]})": {
+            name: float(available.get(node["NodeID"], {}).get(name, 0.0)) for name in ("CPU", "GPU")
+        }
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+
+
+def described_nodes(free: Mapping[str, Mapping[str, float]] | None = None) -> str:
+    """What every node has free, in one line."""
+    free = free_by_node() if free is None else free
+    shown = [f"{_describe(resources)} on {name}" for name, resources in free.items()]
+    more = f"; and {len(shown) - NODES_SHOWN} more nodes" if len(shown) > NODES_SHOWN else ""
+    return "; ".join(shown[:NODES_SHOWN]) + more or "no nodes"
 
 
 def _sum(demand: Demand, resource: str) -> str:

@@ -13,6 +13,7 @@ import ray
 import torch
 
 from fedsim.cluster.pool import RayPool
+from fedsim.cluster.shipping import check_server_sees, with_store_here
 from fedsim.federation.checkpoint import ServerState
 from fedsim.federation.experiment import Experiment, RunFiles
 from fedsim.federation.parts import choose_device
@@ -52,7 +53,8 @@ class ServerActor:
         gpus: float,
         faults: Sequence[Fault],
     ) -> Experiment:
-        resources = setup.config.resources
+        check_server_sees(setup, files.run_dir)
+        resources, setup = setup.config.resources, with_store_here(setup) or setup
         pool = RayPool(
             setup,
             num_actors=resources.num_actors,

@@ -464,6 +464,11 @@ class Resources(Section):
         "took, at least 30 s; null: never",
         "seconds",
     )
+    placement: Literal["pack", "spread"] = key(
+        "pack",
+        "client actors on the nodes of a cluster; pack: near the server, each node half full before the next "
+        "(Ray's default); spread: evenly over all nodes",
+    )
     address: str | None = key(None, "Ray cluster to join (default: a private Ray on this machine)")
     num_cpus: int | None = key(
         None, "CPUs for training in this process, or for the private Ray (default: what there is)", "CPUs", ge=1

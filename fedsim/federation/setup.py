@@ -213,7 +213,7 @@ def _split(config: Config, recordings: Recordings, ok: np.ndarray) -> tuple[np.n
 def cache_dir(config: Config) -> Path:
     """Folder of the embedding cache."""
     if config.data.cache_dir is not None:
-        return Path(config.data.cache_dir).expanduser()
+        return Path(config.data.cache_dir).expanduser().absolute()  # actors may be in other folders
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsim"
 
 

@@ -27,6 +27,7 @@ from fedsim.federation.blocks import BlockTrainer, make_blocks
 from fedsim.federation.client_sums import ClientSums
 from fedsim.federation.parts import build_parts, choose_device, initial_state
 from fedsim.federation.setup import Setup, head_specs
+from fedsim.machine import whole_cores
 from fedsim.models.adapters import make_adapter
 from fedsim.models.encoders.threads import available_cores
 from fedsim.seeding import rng
@@ -272,8 +273,7 @@ def _machine(config: Config) -> Machine:
     wants_gpus = max(resources.client_gpus, resources.server_gpus) > 0
     gpus = resources.num_gpus if resources.num_gpus is not None else torch.cuda.device_count() if wants_gpus else 0
     # OMP_NUM_THREADS speaks of threads, and an actor has one.
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(resources.num_cpus or cpus, gpus)
+    return Machine(resources.num_cpus or whole_cores(), gpus)
 
 
 def _cluster(resources: Resources) -> Machine:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 
 import torch
 
+from fedsim.machine import whole_cores
+
 
 @contextmanager
 def all_cores() -> Iterator[None]:
@@ -26,8 +28,8 @@ def all_cores() -> Iterator[None]:
 
 
 def available_cores() -> int:
-    """OMP_NUM_THREADS, or the cores that this process may run on."""
+    """OMP_NUM_THREADS, or the cores that this process may use."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return whole_cores()
