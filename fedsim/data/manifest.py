@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,8 @@ def _checked_header(path: Path, header: list[str], required: Sequence[str]) -> l
     for column in required:
         if column not in header:
             raise DataError(f"{path} has no column {column!r}; {nearest(column, header)}")
-    twice = [column for column in header if not column or header.count(column) > 1]
+    times = Counter(header)
+    twice = [column for column in header if not column or times[column] > 1]
     if twice:
         raise DataError(f"{path}: every column needs a name of its own, got {twice[0]!r} in {','.join(header)}")
     return header
