@@ -16,7 +16,22 @@ from pydantic.fields import FieldInfo
 from fedsim.config.schema import Config, Section
 
 NAMES = ("clip", "t5", "a", "dog", "rain", "0", "training.learning_rate", "federation.alpha", "x")
-WORDS = ("dog", "rain", "sneezing", "clip", "auto", "eval/top1", "{}", "a {}", "x", "ünï — 犬", "1e-3", "null", "~", "no")
+WORDS = (
+    "dog",
+    "rain",
+    "sneezing",
+    "clip",
+    "auto",
+    "eval/top1",
+    "{}",
+    "a {}",
+    "x",
+    "ünï — 犬",
+    "1e-3",
+    "null",
+    "~",
+    "no",
+)
 WRONG = ("", " ", "x" * 2000, "a\nb", "\x00", "\ud800", "x" * 5000, "\u202e\u2028", "../..", "/dev/zero", "NaN", "0x10", "1:30",
          "2026-01-01", None, True, False, -1, 0, 1.5, -0.0, 1e-320, 1e308, float("nan"), float("inf"), -float("inf"), 2**31,
          2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**30, 10**400, -(2**63), [], [[]], [None], {}, {"": 1}, {"x": {"y": []}},
@@ -69,7 +84,9 @@ def leaves(model: type[Section] = Config, path: tuple[str, ...] = (), *, largest
         if below is None:
             found.append(Leaf(here, _of(field.annotation, _limits(field), largest)))
         elif get_origin(field.annotation) is dict:
-            found += [leaf for named in NAMES for leaf in leaves(below, (*here, named), largest=largest)][:: len(NAMES) - 1]
+            found += [leaf for named in NAMES for leaf in leaves(below, (*here, named), largest=largest)][
+                :: len(NAMES) - 1
+            ]
         else:
             found += leaves(below, here, largest=largest)
     return found
@@ -106,13 +123,20 @@ def _of(annotation: Any, limits: dict[str, Any], largest: int) -> st.SearchStrat
     if annotation is int:
         low = limits.get("ge", limits.get("gt", -1) + 1)
         high = max(low, min(limits.get("le", largest), largest))
-        return st.one_of(st.integers(low, min(high, low + 8)), st.sampled_from([low, high, low + 1 if low < high else low]))
+        return st.one_of(
+            st.integers(low, min(high, low + 8)), st.sampled_from([low, high, low + 1 if low < high else low])
+        )
     if annotation is float:
         return _floats(limits, largest)
     if annotation is str and "pattern" in limits:
         said = ("none", "all", "last:1", "last:999999999", "{}", "a sound of {}, {}")
         return st.sampled_from([word for word in said if re.search(limits["pattern"], word)])
-    simple = {str: st.sampled_from(WORDS), bool: st.booleans(), type(None): st.none(), Any: st.sampled_from(WORDS + (1, 0.1))}
+    simple = {
+        str: st.sampled_from(WORDS),
+        bool: st.booleans(),
+        type(None): st.none(),
+        Any: st.sampled_from(WORDS + (1, 0.1)),
+    }
     return simple[annotation]
 
 
@@ -159,7 +183,11 @@ def documents(
         elif kind == 2:
             path = (*path, draw(st.sampled_from(["x", "", "low"])))
         elif kind == 3 and len(path) > 2:
-            path = (*path[:-2], draw(st.sampled_from(["", "a\nb", "\ud800", "encoder", "k" * 300, "1", "../x"])), path[-1])
+            path = (
+                *path[:-2],
+                draw(st.sampled_from(["", "a\nb", "\ud800", "encoder", "k" * 300, "1", "../x"])),
+                path[-1],
+            )
         values.append((path, draw(st.sampled_from(WRONG))))
     return placed(values, base if always or draw(st.booleans()) else None)
 
@@ -172,7 +200,9 @@ def files(draw: st.DrawFn, known: list[Leaf], base: Any) -> tuple[str, str]:
     document = draw(documents(known, broken=draw(st.booleans()), base=base))
     if draw(st.booleans()) or not json.dumps(document, ensure_ascii=False).isprintable():
         return ".json", json.dumps(document)  # YAML can't write every text
-    return ".yaml", yaml.dump(document, Dumper=yaml.CSafeDumper, allow_unicode=True, default_flow_style=draw(st.booleans()))
+    return ".yaml", yaml.dump(
+        document, Dumper=yaml.CSafeDumper, allow_unicode=True, default_flow_style=draw(st.booleans())
+    )
 
 
 @st.composite
@@ -184,5 +214,9 @@ def overrides(draw: st.DrawFn, known: list[Leaf]) -> list[str]:
         value = draw(st.sampled_from(WRONG) if wrong else leaf.values)
         found.append(".".join(leaf.path) + "=" + (value if isinstance(value, str) else json.dumps(value)))
         if draw(st.integers(0, 9)) == 0:
-            found.append(draw(st.sampled_from(["", "=", "x", ".=1", "a..b=1", "data=", "data=3", "data.x.y=1", "=1", "a=&a [*a]"])))
+            found.append(
+                draw(
+                    st.sampled_from(["", "=", "x", ".=1", "a..b=1", "data=", "data=3", "data.x.y=1", "=1", "a=&a [*a]"])
+                )
+            )
     return found

@@ -65,6 +65,8 @@ def read_table(path: Path, required: Sequence[str]) -> Table:
             another number of values than the header.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"can't read {path}: it is no file")  # a pipe would wait for ever, a device never end
         with path.open(encoding="utf-8-sig", newline="") as file:
             return _parse(path, file, required)
     except UnicodeDecodeError as error:

@@ -34,6 +34,7 @@ from fedsim.models.encoders.files import load_arrays
 from fedsim.models.guarded_files import SEAL, read_json, read_tensors, sealed
 from fedsim.models.saved import load_adapter, save_adapter
 
+
 def outcomes(folder: Path, read: Callable[[], Any], *, tries: int, seed: int) -> Counter[str]:
     """How reading ends with one file of a folder damaged at a time; everything is restored after each try.
 
