@@ -56,9 +56,10 @@ def ends_well(call: Callable[[], Any], **limits: Any) -> tuple[str, Any]:
     try:
         with bounded(**limits):
             return "answered", call()
-    except FedsimError as error:
-        assert one_line(error), f"{type(error).__name__} is no line: {str(error)[:500]!r}"
-        return REFUSED, error
+    except FedsimError as caught:
+        error = caught
+    assert one_line(error), f"{type(error).__name__} is no line: {str(error)[:500]!r}"
+    return REFUSED, error
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -13,7 +13,6 @@ import pytest
 from configurations import SMALL, TEXTS, documents, files, leaves, overrides
 from hostile import REFUSED, ends_well, mutated, told
 from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
 import fedsim.config
 from fedsim.config import resolved_yaml

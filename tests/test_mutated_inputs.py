@@ -1,4 +1,4 @@
-"""Seeded mutations of what a user hands in: recordings, manifests, tables, stores, run directories through the commands.
+"""Seeded mutations of what a user hands in: recordings, manifests, tables, stores, run directories by the commands.
 
 Checkpoints, saved adapters and saved generators by themselves are in federation/test_mutated_files.py.
 """
@@ -120,10 +120,50 @@ def test_mutated_recordings(tmp_path, tries):
 
 # Manifests
 
-ROWS = [{"path": f"{n}.wav", "label": "ab"[n % 2], "split": "test" if n < 2 else "train", "fold": str(n % 5), "client": "xy"[n % 2],
-         "group": str(n)} for n in range(10)]  # fmt: skip
-CELLS = ["", " ", '"', '"a', "a\nb", "a\r", "\x00", "../0.wav", "/etc/passwd", "/dev/zero", ".", "..", "pipe", "loop", "zero",
-         "nan", "-1", "1.5", "9" * 30, "٣", "é", "e\u0301", "A", "a ", "\ufeffa", "\u202e", "\ud800", "x" * 10**6, ",", ";", "0.wav"]  # fmt: skip
+ROWS = [
+    {
+        "path": f"{n}.wav",
+        "label": "ab"[n % 2],
+        "split": "test" if n < 2 else "train",
+        "fold": str(n % 5),
+        "client": "xy"[n % 2],
+        "group": str(n),
+    }
+    for n in range(10)
+]
+CELLS = [
+    "",
+    " ",
+    '"',
+    '"a',
+    "a\nb",
+    "a\r",
+    "\x00",
+    "../0.wav",
+    "/etc/passwd",
+    "/dev/zero",
+    ".",
+    "..",
+    "pipe",
+    "loop",
+    "zero",
+    "nan",
+    "-1",
+    "1.5",
+    "9" * 30,
+    "٣",
+    "é",
+    "e\u0301",
+    "A",
+    "a ",
+    "\ufeffa",
+    "\u202e",
+    "\ud800",
+    "x" * 10**6,
+    ",",
+    ";",
+    "0.wav",
+]
 
 
 def bad_manifest(chance: random.Random) -> bytes:
@@ -185,17 +225,31 @@ def test_mutated_manifests(sounds, tries):
 
 
 @pytest.mark.parametrize("name", ["pipe", "zero", "loop", "..", "missing", "0.wav"])
-@pytest.mark.parametrize("key", ["data={{name: csv, path: '{}'}}", "model.audio_encoder={{name: precomputed, path: '{}'}}",
-                                 "model.audio_encoder={{name: yamnet, path: '{}'}}", "model.text_encoder={{name: table, path: '{}'}}",
-                                 "data={{name: esc50, path: '{}'}}", "data.generators='{}'", "data.cache_dir='{}/x'"])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        "data={{name: csv, path: '{}'}}",
+        "model.audio_encoder={{name: precomputed, path: '{}'}}",
+        "model.audio_encoder={{name: yamnet, path: '{}'}}",
+        "model.text_encoder={{name: table, path: '{}'}}",
+        "data={{name: esc50, path: '{}'}}",
+        "data.generators='{}'",
+        "data.cache_dir='{}/x'",
+    ],
+)
 def test_what_is_no_file_is_never_read(sounds, key, name):
     before = contents(sounds)
     config = config_from_mapping(TINY, [f"data.cache_dir={sounds / 'cache'}", key.format(sounds / name)])
-    if (key, name) == ("data.cache_dir='{}/x'", "..") or "cache_dir" in key and name == "missing":
+    if (key, name) == ("data.cache_dir='{}/x'", "..") or ("cache_dir" in key and name == "missing"):
         return  # such a folder is made
     assert ends_well(lambda: prepare(config))[0] == REFUSED
-    for words in (["run", "--output", str(sounds / "out"), str(sounds / name)], ["config", str(sounds / name)], ["resume", str(sounds / name)],
-                  ["compare", str(sounds / name)], ["sync", str(sounds / name)]):  # fmt: skip
+    for words in (
+        ["run", "--output", str(sounds / "out"), str(sounds / name)],
+        ["config", str(sounds / name)],
+        ["resume", str(sounds / name)],
+        ["compare", str(sounds / name)],
+        ["sync", str(sounds / name)],
+    ):
         assert command(*words) == REFUSED
     assert contents(sounds) == before
 
@@ -212,12 +266,18 @@ def test_mutated_arrays(tmp_path, tries):
     np.save(plain, embeddings)
     readers: dict[Path, Callable[[], Any]] = {
         table: lambda: make_text_targets(
-            "table", class_names=["dog", "rain"], heads={"clip": (8,)}, path=str(table), clip="", t5="", revision=None,
+            "table",
+            class_names=["dog", "rain"],
+            heads={"clip": (8,)},
+            path=str(table),
+            clip="",
+            t5="",
+            revision=None,
             template="{}",
         ),
         ready: lambda: load_precomputed(ready, num_rows=6, segments=2, dim=4),
         plain: lambda: load_precomputed(plain, num_rows=6, segments=2, dim=4),
-    }  # fmt: skip
+    }
     originals, chance, counts = {file: file.read_bytes() for file in readers}, random.Random(3), Counter()
     for number in range(tries):
         file = list(readers)[number % 3]
@@ -274,8 +334,13 @@ def finished(tmp_path_factory):
 @tries(8, 250)
 def test_mutated_run_directories(finished, tries):
     run, output = finished / "run", finished / "out"
-    ways = [["resume", str(run)], ["compare", str(run)], ["config", str(run / "config.yaml")], ["sync", str(run)],
-            ["run", str(finished / "second.json"), "--output", str(output)]]  # fmt: skip
+    ways = [
+        ["resume", str(run)],
+        ["compare", str(run)],
+        ["config", str(run / "config.yaml")],
+        ["sync", str(run)],
+        ["run", str(finished / "second.json"), "--output", str(output)],
+    ]
     chance, counts = random.Random(5), Counter()
     files = sorted(path for path in run.rglob("*") if path.is_file() and path.name != ".lock")
     for number in range(tries):
