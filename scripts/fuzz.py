@@ -121,7 +121,7 @@ def main() -> None:
     def attempt(content: bytes) -> None:
         file.write_bytes(content)
         try:
-            how, _ = ends_well(read)
+            how, _ = ends_well(read, seconds=60)  # instrumented code takes its time
         except BaseException:
             found = folder / "found"
             found.write_bytes(content)
