@@ -31,6 +31,7 @@ except ImportError:
 GUIDED = atheris is not None and "--plain" not in sys.argv
 with atheris.instrument_imports(include=["fedsim", "yaml"]) if GUIDED else nullcontext():
     import numpy as np
+    import scipy.signal  # noqa: F401 - so that its import is nobody's hang
     import soundfile
     import torch
     from configurations import TEXTS

@@ -90,7 +90,7 @@ def parse_yaml(text: str, source: str) -> Any:
 def _shallow_loader(text: str) -> Any:
     """A loader that gives up at the first node too deep: reading a thousand brackets to their end takes seconds."""
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+    class Loader(yaml.SafeLoader):
         depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
