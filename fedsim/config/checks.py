@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import get_args
 
@@ -95,7 +96,7 @@ def _check_classes(key: str, classes: list[str] | None, among: Iterable[str] | N
         return
     if not classes:
         raise ConfigError(f"{key} is an empty list; name a class, or leave the key out for all")
-    twice = sorted({name for name in classes if classes.count(name) > 1})
+    twice = sorted(name for name, times in Counter(classes).items() if times > 1)
     if twice:
         raise ConfigError(f"{key} names {twice[0]!r} twice; keep one")
     unknown = [] if among is None else sorted(set(classes) - set(among))

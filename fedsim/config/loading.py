@@ -21,13 +21,15 @@ from pydantic import ValidationError
 from fedsim.config.checks import check_config
 from fedsim.config.keys import find_key, suggestion
 from fedsim.config.original import translate
-from fedsim.config.reading import EXPONENT_FLOAT, parse_yaml, read_mapping
+from fedsim.config.reading import EXPONENT_FLOAT, parse_yaml, read_mapping, require_small
 from fedsim.config.schema import Config, SearchRange
 from fedsim.errors import ConfigError
 
 _LOG = logging.getLogger(__name__)
 _SHOWN_PROBLEMS = 3
 _SHOWN_CHARACTERS = 60
+_LONGEST_NAME, _LONGEST_TEXT = 200, 4096
+_LARGEST = 2**63 - 1
 
 Scalar = str | int | float | bool | None
 
@@ -65,11 +67,14 @@ def config_from_mapping(
     for key, parts, value in given:
         _set(values, key, parts, value)
     sources = _Sources(source, [".".join(parts) for _, parts, _ in given])
+    if problems := list(_not_plain(values, "", sources)):
+        raise ConfigError(_joined(problems, len(problems)))
     with _naming(source):
         values, notes = translate(_with_empty_sections(values))
     config = _validated(values, sources)
     with _naming(source):
         notes += check_config(config)
+    require_small(config.model_dump(mode="json"), source)
     for note in notes:
         _LOG.warning("%s: %s", source, note)
     return _counting_nodes(config)
@@ -127,13 +132,12 @@ def _naming(source: str) -> Iterator[None]:
 
 def _validated(values: Mapping[str, Any], sources: _Sources) -> Config:
     """The typed configuration; all problems with single keys in one error."""
-    problems = list(_not_plain(values, "", sources))
-    if problems:
-        raise ConfigError(_joined(problems))
     try:
         return Config.model_validate(values, strict=True)
     except ValidationError as error:
-        raise ConfigError(_joined([_phrase(detail, sources) for detail in error.errors()])) from None
+        details = error.errors(include_url=False)
+        phrases = [_phrase(detail, sources) for detail in details[:_SHOWN_PROBLEMS]]
+        raise ConfigError(_joined(phrases, len(details))) from None
 
 
 def _counting_nodes(config: Config) -> Config:
@@ -170,7 +174,7 @@ def _parse_override(text: str) -> tuple[str, list[str], Any]:
     """Key, path and value of one `key=value`."""
     key, equals, value = text.partition("=")
     key = key.strip()
-    if not equals or not all(key.split(".")):
+    if not equals or not all(key.split(".")) or not key.isprintable() or len(key) > _LONGEST_NAME:
         raise ConfigError(f"--set {_shown(text)}: expected key=value, e.g. federation.num_clients=100")
     return key, _override_path(key), _without_comments(parse_yaml(value, f"--set {key}"))
 
@@ -197,17 +201,24 @@ def _set(values: dict[str, Any], key: str, parts: Sequence[str], value: Any) -> 
 
 
 def _not_plain(value: Any, key: str, sources: _Sources) -> Iterator[str]:
-    """Phrases about numbers that aren't finite and text that isn't Unicode, anywhere."""
+    """Phrases about numbers that aren't finite or have over 64 bits and text that isn't Unicode, anywhere."""
     if isinstance(value, dict):
         for name, below in value.items():
-            yield from _not_plain(below, f"{key}.{name}" if key else name, sources)
+            if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
+                yield f"key {_shown(name)} {sources.of(key)}: a name has 1 to {_LONGEST_NAME} printable characters"
+            else:
+                yield from _not_plain(below, f"{key}.{name}" if key else name, sources)
     elif isinstance(value, list):
         for item in value:
             yield from _not_plain(item, key, sources)
     elif isinstance(value, float) and not math.isfinite(value):
         yield f"{key!r} {sources.of(key)}: got {value}, expected a finite number"
+    elif isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
+        yield f"{key!r} {sources.of(key)}: got {_shown(value)}, expected a number of at most 64 bits ({_LARGEST})"
     elif isinstance(value, str) and any("\ud800" <= c <= "\udfff" or c == "\0" for c in value):
-        yield f"{key!r} {sources.of(key)}: got {value!a}, which isn't text"
+        yield f"{key!r} {sources.of(key)}: got {_shown(ascii(value))}, which isn't text"
+    elif isinstance(value, str) and len(value) > _LONGEST_TEXT:
+        yield f"{key!r} {sources.of(key)}: got {len(value)} characters, expected at most {_LONGEST_TEXT}"
 
 
 def _phrase(detail: Mapping[str, Any], sources: _Sources) -> str:
@@ -229,15 +240,25 @@ def _phrase(detail: Mapping[str, Any], sources: _Sources) -> str:
     return f"{key + position!r} {where}: got {got}, expected {known.allowed}{hint}"
 
 
-def _joined(problems: Sequence[str]) -> str:
-    """Several problems on one line, the first few in full."""
-    more = len(problems) - _SHOWN_PROBLEMS
-    return "; ".join(problems[:_SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
+def _joined(problems: Sequence[str], found: int) -> str:
+    """Several problems on one line, the first few in full, and how many more were found."""
+    shown = problems[:_SHOWN_PROBLEMS]
+    return "; ".join(shown) + (f"; and {found - len(shown)} more" if found > len(shown) else "")
 
 
 def _shown(value: Any) -> str:
     """A value on one short line."""
     if value is None:
         return "nothing"
-    text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
+    if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
+        return f"a whole number of {value.bit_length()} bits"  # Python won't print the longest
+    text = {True: "true", False: "false"}[value] if isinstance(value, bool) else _written(value)
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
+
+
+def _written(value: Any) -> str:
+    """A value as Python writes it; long text is cut first."""
+    try:
+        return repr(value[: _SHOWN_CHARACTERS + 1] if isinstance(value, str) else value)
+    except ValueError:  # it holds a number of thousands of digits
+        return f"a {type(value).__name__}"

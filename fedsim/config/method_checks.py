@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from fedsim.config.schema import Config, FedA2V
 from fedsim.errors import ConfigError
 
@@ -168,7 +170,7 @@ def _check_granularity(settings: FedA2V) -> None:
     if not all((groups or {}).values()):
         raise ConfigError("feda2v.generator_class_groups has a group without a class; leave it out")
     grouped = [name for names in (groups or {}).values() for name in names]
-    twice = sorted({name for name in grouped if grouped.count(name) > 1})
+    twice = sorted(name for name, times in Counter(grouped).items() if times > 1)
     if twice:
         raise ConfigError(f"feda2v.generator_class_groups names {twice[0]!r} twice; keep one")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedsim.errors import ConfigError
 MAX_BYTES = 4 << 20
 MAX_DEPTH = 32
 MAX_VALUES = 100_000
+_SHOWN = 200
 _TAG = "tag:yaml.org,2002:"
 
 # Plain text that is read as a number here but as text by YAML 1.1, so a writer must quote it.
@@ -34,14 +36,16 @@ def read_mapping(path: Path) -> dict[str, Any]:
             key twice, or isn't a mapping at the top.
     """
     try:
+        if path.is_fifo() and not str(path).startswith(("/dev/", "/proc/")):  # `<(command)` and stdin may be read
+            raise ConfigError(f"{path} is a pipe, which may never end; give a YAML or JSON configuration file")
         with path.open("rb") as handle:
             raw = handle.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file; give a YAML or JSON configuration") from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a directory; give a YAML or JSON configuration file") from None
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # a path that holds \0 is a ValueError
+        raise ConfigError(f"{str(path)!a} can't be read: {getattr(error, 'strerror', None) or error}") from None
     if len(raw) > MAX_BYTES:
         raise ConfigError(f"{path} is over {MAX_BYTES >> 20} MiB; give a YAML or JSON configuration file")
     try:
@@ -66,7 +70,7 @@ def parse_yaml(text: str, source: str) -> Any:
             followed) than 100 000 values.
     """
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _shallow_loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -75,11 +79,29 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not valid YAML"
-        raise ConfigError(f"{_at(source, mark)} can't be parsed: {' '.join(str(problem).split())}") from None
-    except (ValueError, OverflowError) as error:  # e.g. a whole number of 5000 digits
-        raise ConfigError(f"{source} can't be parsed: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{_at(source, mark)} can't be parsed: {' '.join(str(problem).split())[:_SHOWN]}") from None
+    except (ValueError, OverflowError, LookupError, TypeError, AttributeError) as error:
+        # E.g. a whole number of 5000 digits, or `!!bool x`, which PyYAML looks up in a table.
+        raise ConfigError(f"{source} can't be parsed: {' '.join(str(error).split())[:_SHOWN]}") from None
     except RecursionError:
         raise ConfigError(f"{source} is nested too deeply; a configuration has at most {MAX_DEPTH} levels") from None
+
+
+def _shallow_loader(text: str) -> Any:
+    """A loader that gives up at the first node too deep: reading a thousand brackets to their end takes seconds."""
+
+    class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.depth > MAX_DEPTH:
+                raise RecursionError
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+    return Loader(text)
 
 
 def _parse_file(text: str, source: str, is_json: bool) -> Any:
@@ -92,6 +114,7 @@ def _parse_file(text: str, source: str, is_json: bool) -> Any:
         value = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, source))
         if _depth(value) > MAX_DEPTH:
             raise RecursionError
+        require_small(value, source)
     except RecursionError:
         raise ConfigError(f"{source} is nested too deeply; a configuration has at most {MAX_DEPTH} levels") from None
     except json.JSONDecodeError as error:
@@ -99,7 +122,7 @@ def _parse_file(text: str, source: str, is_json: bool) -> Any:
             return parse_yaml(text, source)
         raise ConfigError(f"{source}, line {error.lineno} can't be parsed as JSON: {error.msg}") from None
     except ValueError as error:
-        raise ConfigError(f"{source} can't be parsed: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{source} can't be parsed: {' '.join(str(error).split())[:_SHOWN]}") from None
     return value
 
 
@@ -120,7 +143,7 @@ def _tidy(node: Any, source: str, depth: int, seen: list[int]) -> None:
             if name.tag != _TAG + "merge":
                 name.tag = _TAG + "str"
             if name.value in names:
-                raise ConfigError(f"{_at(source, name.start_mark)}: key {name.value!r} stands twice; keep one")
+                raise ConfigError(f"{_at(source, name.start_mark)}: key {name.value[:_SHOWN]!r} stands twice; keep one")
             names.add(name.value)
             _tidy(value, source, depth + 1, seen)
     elif node.style is None:
@@ -134,9 +157,8 @@ def _unique(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
     """A JSON object whose keys are all different."""
     result = dict(pairs)
     if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ConfigError(f"{source}: key {twice!r} stands twice; keep one")
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ConfigError(f"{source}: key {twice[:_SHOWN]!r} stands twice; keep one")
     return result
 
 
@@ -144,6 +166,22 @@ def _depth(value: Any) -> int:
     """Levels of nesting; a scalar has none."""
     below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return 0 if below is None else 1 + max(map(_depth, below), default=0)
+
+
+def require_small(value: Any, source: str) -> None:
+    """Refuse a configuration of so many values that what a run writes of it couldn't be read again.
+
+    Raises:
+        ConfigError: it holds more than 100 000 values.
+    """
+    count, left = 0, [value]
+    while left:
+        place = left.pop()
+        below = place.values() if isinstance(place, dict) else place if isinstance(place, list) else ()
+        left += below
+        count += len(below)
+    if count > MAX_VALUES:
+        raise ConfigError(f"{source} has {count} values, defaults included; a configuration has at most {MAX_VALUES}")
 
 
 def _at(source: str, mark: Any) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from fedsim.errors import DataError
 
 # Lossy decoders overshoot full scale a little; a float file far beyond it was scaled as integers.
 _LARGEST_OVERSHOOT = 2.0
+_LOWEST_RATE, _HIGHEST_RATE = 1000, 384_000
+# A header may announce more samples than any memory holds; room is made for as many as come.
+_AT_ONCE = 2**22
 
 
 def resample(waveform: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
@@ -71,7 +75,12 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
         raise DataError(f"can't read {path}: no such file")
     try:
         with soundfile.SoundFile(path) as file:
-            samples: np.ndarray = file.read(dtype="float32", always_2d=True)
+            if not _LOWEST_RATE <= file.samplerate <= _HIGHEST_RATE:
+                raise DataError(
+                    f"can't read {path}: its sample rate is {file.samplerate} Hz, read are {_LOWEST_RATE} to "
+                    f"{_HIGHEST_RATE} Hz (a damaged header?)"
+                )
+            samples = _samples(file)
             missing = file.frames - len(samples)
             # The length of an MP3 is an estimate; everywhere else fewer samples than announced mean a damaged file.
             if missing > 0 and file.format != "MP3":
@@ -80,6 +89,16 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
     except (OSError, RuntimeError) as error:
         cause = " ".join(str(error).split())
         raise DataError(f"can't read {path}: {cause}; wav, flac, ogg and mp3 files are read") from error
+
+
+def _samples(file: Any) -> np.ndarray:
+    """All samples of an open file, float32 [samples, channels]."""
+    if file.frames <= _AT_ONCE:
+        return np.asarray(file.read(dtype="float32", always_2d=True))
+    parts = []
+    while not parts or len(parts[-1]) == _AT_ONCE:
+        parts.append(file.read(_AT_ONCE, dtype="float32", always_2d=True))
+    return np.concatenate(parts)
 
 
 @dataclass(frozen=True)

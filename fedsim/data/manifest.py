@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,8 @@ def read_table(path: Path, required: Sequence[str]) -> Table:
             another number of values than the header.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"can't read {path}: it is no file")  # a pipe would wait for ever, a device never end
         with path.open(encoding="utf-8-sig", newline="") as file:
             return _parse(path, file, required)
     except UnicodeDecodeError as error:
@@ -103,7 +106,8 @@ def _checked_header(path: Path, header: list[str], required: Sequence[str]) -> l
     for column in required:
         if column not in header:
             raise DataError(f"{path} has no column {column!r}; {nearest(column, header)}")
-    twice = [column for column in header if not column or header.count(column) > 1]
+    times = Counter(header)
+    twice = [column for column in header if not column or times[column] > 1]
     if twice:
         raise DataError(f"{path}: every column needs a name of its own, got {twice[0]!r} in {','.join(header)}")
     return header

@@ -171,6 +171,7 @@ def open_partition(folder: Path) -> StoredPartition:
     """
     try:
         offsets, rows = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _FILES)
-    except (OSError, ValueError) as error:
-        raise DataError(f"partition {folder} can't be read ({error}); delete the folder and start anew") from error
+    except Exception as error:  # NumPy lets errors of tokenize and ast through as they are
+        reason = " ".join(str(error).split())
+        raise DataError(f"partition {folder} can't be read ({reason}); delete the folder and start anew") from error
     return StoredPartition(offsets=offsets, rows=rows, folder=folder)

@@ -61,7 +61,10 @@ def open_store(path: str | Path) -> Store:
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
         if list(arrays["rows"].shape) != [meta["num_rows"], *meta["row_shape"]]:
             raise ValueError(f"rows have shape {list(arrays['rows'].shape)}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        for name, kind in {"rows": np.float32, "lengths": np.int64, "ok": np.bool_}.items():
+            if arrays[name].dtype != kind or arrays[name].shape[:1] != arrays["rows"].shape[:1]:
+                raise ValueError(f"{name} is {arrays[name].dtype} {list(arrays[name].shape)}")
+    except Exception as error:  # NumPy lets errors of tokenize and ast through as they are
         reason = " ".join(str(error).split())
         raise DataError(
             f"embedding store {folder} can't be read ({reason}); delete the folder to build it anew"
@@ -131,8 +134,9 @@ def _open_partial(partial: Path, shape: tuple[int, ...]) -> dict[str, np.ndarray
         if all(arrays[name].shape == size for name, (_, size) in layout.items()):
             logger.info("going on with %s: %d of %d rows are done", partial, arrays["done"].sum(), shape[0])
             return arrays
-    except (OSError, ValueError):
-        pass
+    except Exception as error:  # also those of tokenize and ast, which NumPy reads headers with
+        if partial.exists():
+            logger.warning("%s can't be gone on with (%s): it is built anew", partial, " ".join(str(error).split()))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     needed, free = int(np.prod(shape)) * 4, shutil.disk_usage(partial).free

@@ -85,5 +85,5 @@ def _holder(descriptor: int) -> str:
     try:
         written = json.loads(os.pread(descriptor, 1000, 0))
         return f"process {int(written['pid'])} on {str(written['host'])[:100]}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ""

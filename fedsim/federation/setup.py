@@ -29,6 +29,7 @@ from fedsim.data.store import Store, fill_store, write_store
 from fedsim.errors import ConfigError, DataError
 from fedsim.federation.generated import GeneratedData
 from fedsim.federation.population import check_statistics, deal
+from fedsim.federation.room import require_room
 from fedsim.federation.saved_generators import open_pretrained
 from fedsim.models.adapters import HeadSpec, check_heads
 from fedsim.models.encoders import make_audio_encoder, require_ast
@@ -109,7 +110,7 @@ def prepare(config: Config, progress: Progress | None = None) -> Setup:
     if (config.federation.cohort_size or 1) > partition.num_clients:
         asked = config.federation.cohort_size
         raise DataError(f"federation.cohort_size is {asked} but the partition has {partition.num_clients} clients")
-    check_heads(head_specs(config))
+    _require_adapters(config, len(recordings.class_names), len(recordings.label))
     open_pretrained(config, class_names=recordings.class_names, num_clients=partition.num_clients)
     targets = _targets(config, recordings.class_names)
     check_statistics(config, partition, recordings)
@@ -147,7 +148,7 @@ def _prepare_generated(config: Config) -> Setup:
     ):
         asked, made = config.federation.num_clients, data.partition.num_clients
         log.warning("federation.num_clients is %d, but data.generators makes %d clients", asked, made)
-    check_heads(head_specs(config))
+    _require_adapters(config, len(data.class_names), len(data.labels))
     targets = _targets(config, data.class_names)
     store = write_store(cache_dir=cache_dir(config), fingerprint=data.fingerprint, hashes=data.hashes, rows=data.rows())
     used = {"audio_encoder": data.audio_encoder, "data": data.description}
@@ -255,6 +256,13 @@ def _embed(
         progress=progress,
     )
     return store, encoder.description
+
+
+def _require_adapters(config: Config, num_classes: int, num_recordings: int) -> None:
+    """Refuse heads that no adapter can be built for, and sizes that this machine can't hold."""
+    specs = head_specs(config)
+    check_heads(specs)
+    require_room(config, specs, num_classes=num_classes, num_recordings=num_recordings)
 
 
 MLP = AdapterPreset(preset="mlp", hidden=[1024])

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Group
 from rich.table import Table
 
-from fedsim.errors import CheckpointError, DataError
+from fedsim.config.reading import parse_yaml
+from fedsim.errors import CheckpointError, ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def compare_runs(run_dirs: Sequence[Path]) -> Comparison:
     if not run_dirs:
         raise DataError("no run directory to compare; name at least one, e.g. runs/NAME")
     paths = [Path(path) for path in run_dirs]
-    names = [path.resolve().name for path in paths]
+    names = [Path(os.path.realpath(path)).name for path in paths]  # a loop of links is no error of this
     runs = tuple(
         _read_run(path, name=name if names.count(name) == 1 else str(path))
         for path, name in zip(paths, names, strict=True)
@@ -166,19 +166,21 @@ def _read_run(path: Path, *, name: str) -> RunSummary:
 
 def _read(path: Path, parse: Callable[[str], Any]) -> Any:
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")
         return parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} is missing: {path.parent} is no run directory, or the run did not finish; "
             f"run `fedsim resume {path.parent}`"
         ) from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        text = " ".join(str(error).split())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError) as error:
+        text = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path} is damaged: {text}; restore it, or leave this run out") from error
 
 
 def _yaml_mapping(text: str) -> Any:
-    return _mapping(yaml.safe_load(text))
+    return _mapping(parse_yaml(text, "config.yaml"))
 
 
 def _json_mapping(text: str) -> Any:

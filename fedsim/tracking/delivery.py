@@ -170,7 +170,7 @@ class Delivery:
                 try:
                     record = json.loads(line)
                     record["round"], record["metrics"]
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise CheckpointError(f"{path}: the line before byte {offset} is not that of a round") from error
                 yield record, offset
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile import REFUSED, changed, ends_well, mutated
 from test_resume import NONE, state_of
 from test_saved_generators import ONLY_GENERATORS
 from worlds import OWN_GENERATORS, SERVER_STEP, make_server, reconfigured, run
@@ -33,52 +34,6 @@ from fedsim.models.encoders.files import load_arrays
 from fedsim.models.guarded_files import SEAL, read_json, read_tensors, sealed
 from fedsim.models.saved import load_adapter, save_adapter
 
-SECONDS, MEGABYTES = 10.0, 400
-HOSTILE = [None, True, -1, 0, 2**63, 10**400, 1e308, "", "x" * 1000, "../../etc/passwd", "/etc/passwd", "\x00", [], {},
-           [[]], {"a": {"b": []}}, [2**40, 2**40]]  # fmt: skip
-
-
-def mutated(content: bytes, chance: random.Random) -> bytes:
-    """The bytes with one of the damages that disks, copies and editors do."""
-    data, at = bytearray(content), chance.randrange(max(1, len(content)))
-    length = chance.choice([1, 1, 4, 64, 4096])
-    kind = chance.randrange(7)
-    if kind == 0:
-        data[at : at + 1] = bytes([(data[at] if data else 0) ^ (1 << chance.randrange(8))])
-    elif kind == 1:
-        del data[at:]
-    elif kind == 2:
-        data[at:at] = chance.randbytes(length)
-    elif kind == 3:
-        data[at : at + length] = bytes(min(length, len(data) - at))
-    elif kind == 4:
-        data[at : at + length] = chance.randbytes(min(length, len(data) - at))
-    elif kind == 5:
-        del data[at : at + length]
-    else:
-        data += data[at : at + length] or b"x"
-    return bytes(data)
-
-
-def changed(document: Any, chance: random.Random) -> Any:
-    """A document with one value, anywhere in it, replaced, removed or renamed."""
-    document = json.loads(json.dumps(document))
-    place, parents = document, []
-    while isinstance(place, dict | list) and place and chance.random() < 0.8:
-        name = chance.choice(list(place)) if isinstance(place, dict) else chance.randrange(len(place))
-        parents.append((place, name))
-        place = place[name]
-    if not parents:
-        return chance.choice(HOSTILE)
-    holder, name = parents[-1]
-    if chance.random() < 0.2:
-        value = holder.pop(name)
-        if isinstance(holder, dict) and chance.random() < 0.5:
-            holder["../" + str(name)] = value
-    else:
-        holder[name] = chance.choice(HOSTILE)
-    return document
-
 
 def outcomes(folder: Path, read: Callable[[], Any], *, tries: int, seed: int) -> Counter[str]:
     """How reading ends with one file of a folder damaged at a time; everything is restored after each try.
@@ -88,7 +43,6 @@ def outcomes(folder: Path, read: Callable[[], Any], *, tries: int, seed: int) ->
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     originals = {file: file.read_bytes() for file in files}
     whole, counts, chance = read(), Counter(), random.Random(seed)
-    refusals: list[str] = []
     for number in range(tries):
         file = files[number % len(files)] if number % 3 else chance.choice(files)
         resealed = file.suffix == ".json" and SEAL.encode() in originals[file] and number % 3 == 0
@@ -97,21 +51,15 @@ def outcomes(folder: Path, read: Callable[[], Any], *, tries: int, seed: int) ->
             file.write_text(json.dumps(sealed(document) if isinstance(document, dict) else document))
         else:
             file.write_bytes(mutated(originals[file], chance))
-        began, peak = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        try:
-            found = read()
-        except FedsimError as error:
-            refusals.append(str(error))
-            counts["refused in one line"] += 1
+        how, found = ends_well(read)
+        if how == REFUSED:
+            counts[REFUSED] += 1
         else:
             assert resealed or same(found, whole), f"try {number}: {file.name} reads as something else"
             counts["sealed anew and read" if resealed else "the same result"] += 1
-        assert time.monotonic() - began < SECONDS
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < MEGABYTES * 1024
         file.write_bytes(originals[file])
         assert {path for path in folder.rglob("*") if path.is_file()} == set(files), "reading wrote something"
     assert same(read(), whole)
-    assert not [text for text in refusals if "\n" in text or len(text) > 3000]
     return counts
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -170,6 +171,20 @@ def check_heads(specs: Mapping[str, HeadSpec]) -> None:
     """
     for head, spec in specs.items():
         _check(head, spec)
+
+
+def num_weights(input_dim: int, spec: HeadSpec) -> int:
+    """Weights in the matrices of one head's adapter, from its shape alone; gains and biases are left out.
+
+    Args:
+        input_dim: D.
+        spec: how the head is built.
+    """
+    pool = {"map": spec.shape[-1], "slim": spec.width}.get(spec.preset)
+    widths = [input_dim, *spec.hidden, *([] if pool is None else [pool])]
+    last = 0 if spec.preset == "map" else widths[-1] * spec.shape[-1]
+    pooling = 0 if pool is None else 17 * pool * pool  # projection, q, kv, out, up (8), down (4)
+    return sum(a * b for a, b in pairwise(widths)) + last + pooling
 
 
 def _check(head: str, spec: HeadSpec) -> None:

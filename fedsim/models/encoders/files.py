@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +50,8 @@ def load_arrays(path: Path, *, what: str) -> dict[str, np.ndarray]:
             if isinstance(loaded, np.ndarray):
                 return {"embeddings": loaded}
             return {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:  # NumPy lets errors of zipfile, zlib, tokenize, ast and struct through as they are
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(
             f"{what}: can't read {path} ({reason}); it must be a complete .npz or .npy file of plain arrays"
         ) from error

@@ -83,7 +83,7 @@ class Flow:
             self._optimizer.step(loss.mean())
             if self._average is not None:
                 self._average.update(self._network)
-            losses.add(labels[batch], {"loss": loss})
+            losses.add(labels[batch.numpy()], {"loss": loss})
         return losses.means()
 
     @torch.no_grad()
