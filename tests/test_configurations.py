@@ -181,4 +181,4 @@ def test_sizes_beyond_any_memory_are_refused_before_they_are_allocated(override,
     how, error = ends_well(lambda: prepare(fedsim.config.config_from_mapping(TINY, [*wide, override])))
     assert how == REFUSED
     assert part in str(error)
-    assert "GB of memory, the machine has 8 GB" in str(error)
+    assert "GB of memory, there are 8 GB" in str(error)

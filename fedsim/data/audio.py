@@ -95,7 +95,7 @@ def _samples(file: Any) -> np.ndarray:
     """All samples of an open file, float32 [samples, channels]."""
     if file.frames <= _AT_ONCE:
         return np.asarray(file.read(dtype="float32", always_2d=True))
-    parts = []
+    parts: list[np.ndarray] = []
     while not parts or len(parts[-1]) == _AT_ONCE:
         parts.append(file.read(_AT_ONCE, dtype="float32", always_2d=True))
     return np.concatenate(parts)

@@ -8,18 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-import psutil
-
 from fedsim.config.method_checks import LEARNT
 from fedsim.config.schema import Config
 from fedsim.errors import ResourceError
+from fedsim.machine import usable_memory
 from fedsim.models.adapters import HeadSpec, num_weights
 
 FLOAT = 4
 
 
 def require_room(config: Config, specs: Mapping[str, HeadSpec], *, num_classes: int, num_recordings: int) -> None:
-    """Refuse sizes that can't be held; a cluster that is joined may have more memory than this machine.
+    """Refuse sizes that can't be held; a cluster that is joined may have more memory than there is here.
 
     Args:
         config: the experiment.
@@ -28,15 +27,15 @@ def require_room(config: Config, specs: Mapping[str, HeadSpec], *, num_classes: 
         num_recordings: N.
 
     Raises:
-        ResourceError: one of them is larger than the memory of this machine.
+        ResourceError: one of them is larger than the memory that this process may use.
     """
     if config.resources.address is not None:
         return
-    there = psutil.virtual_memory().total
+    there = usable_memory()
     for keys, size in wanted(config, specs, num_classes, num_recordings):
         if size > there:
             raise ResourceError(
-                f"{keys}: this takes at least {size / 1e9:.4g} GB of memory, the machine has {there / 1e9:.4g} GB; "
+                f"{keys}: this takes at least {size / 1e9:.4g} GB of memory, there are {there / 1e9:.4g} GB; "
                 "choose smaller ones"
             )
 

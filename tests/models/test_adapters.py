@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedsim.errors import ModelError
-from fedsim.models.adapters import PRESETS, HeadSpec, make_adapter, stack, unstack
+from fedsim.models.adapters import PRESETS, HeadSpec, make_adapter, num_weights, stack, unstack
 from fedsim.models.saved import digest
 
 S, D = 3, 12
@@ -228,3 +228,11 @@ def test_targets_of_another_shape_are_refused():
         make_adapter(
             (S, D), {"clip": HeadSpec("mlp", (8,), (4,), 8, 4)}, centre={"clip": torch.zeros(9)}, scale={"clip": 1.0}
         )
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("shape", [(64,), (5, 64)])
+def test_the_number_of_weights_is_never_overestimated_and_little_less_than_there_are(preset, shape):
+    params = adapter_of(preset, {"head": shape}, width=64).init(0)
+    there = sum(tensor.numel() for tensor in params.values())
+    assert 0.5 * there < num_weights(D, HeadSpec(preset, shape, (16, 10), 64, 4)) <= there

@@ -113,6 +113,13 @@ def test_one_class_with_one_row_is_enough(kind):
 
 
 @pytest.mark.parametrize("kind", [*LEARNT, *MODES])
+def test_batches_of_one_row_are_batches(kind):
+    spec = replace(SPEC, batch_size=1, rows_per_class=2)
+    x = fitted(kind, epochs=1, spec=spec, stats=federation(2)).sample(CONDITION[:1], 2, stream=rng(0, "x"))
+    assert torch.isfinite(x).all()
+
+
+@pytest.mark.parametrize("kind", [*LEARNT, *MODES])
 def test_means_that_are_not_finite_are_refused(kind):
     stats = federation(3)
     stats.audio_mean[0, 0, 0] = math.nan
