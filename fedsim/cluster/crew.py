@@ -86,12 +86,8 @@ class Crew:
     def __init__(
         self, remote_class: Any, arguments: tuple[Any, ...], *, supply: Supply, num_actors: int, max_deaths: int
     ) -> None:
-        self._supply, self._remote_class, self._arguments, self._max_deaths = (
-            supply,
-            remote_class,
-            arguments,
-            max_deaths,
-        )
+        self._remote_class, self._arguments = remote_class, arguments
+        self._supply, self._max_deaths = supply, max_deaths
         self.workers: list[Worker] = []
         self.starting: dict[Any, Worker] = {}
         self._quarantined: set[str] = set()
