@@ -33,15 +33,15 @@ from driven_runs import SETTINGS, Run, words
 from process_tree import descendants, open_descriptors, proportional_bytes, threads_of
 
 MARKS = (200, 500, 1000, 1500, 2000)
-ROUND = {
+ROUND = SETTINGS | {
     "experiment.name": "soak",
     "experiment.checkpoint_every": 50,
     "experiment.evaluate_every": 10,
-    "federation.num_clients": 4,
+    "federation.num_clients": 2,
     "federation.local_epochs": 1,
     "feda2v.global_model_train_epochs": 1,
     "feda2v.generator_epochs": 1,
-    "resources.block_size": 2,
+    "training.batch_size": 16,
 }
 UNITS = {
     "memory written": "MB",
@@ -55,7 +55,7 @@ UNITS = {
     "Ray's files": "",
     "run directory": "MB",
     "files of the run": "",
-    "/tmp/fs-*": "",
+    "folders in /tmp": "",
 }
 ENVIRONMENT = {"RAY_AUTH_MODE": "disabled"}  # so that the object store can be asked from outside
 GROWTH = 0.03
@@ -89,6 +89,18 @@ def tree_size(folder: Path) -> tuple[int, int]:
     return count, size
 
 
+def folders_of(pid: int) -> list[Path]:
+    """Folders of private Rays that a process has started."""
+    found = []
+    for owner in Path("/tmp").glob("fs-*/owner"):
+        try:
+            if owner.read_text().strip() == str(pid):
+                found.append(owner.parent)
+        except OSError:
+            continue
+    return found
+
+
 def argument(pids: Sequence[int], name: str) -> str | None:
     """The value of `--name=value` in the first command line that has it."""
     for pid in pids:
@@ -109,6 +121,7 @@ class Watcher:
         self._run, self._raylet, self._folder = run, None, None
         self._offset, self._round, self.times = 0, 0, dict[int, float]()
         self.looks: list[Look] = []
+        self.folders: set[Path] = set()
         self.shares: list[dict[str, float]] = []
 
     def round_number(self) -> int:
@@ -144,8 +157,9 @@ class Watcher:
             "processes": len(pids),
             "run directory": size / 1e6,
             "files of the run": files,
-            "/tmp/fs-*": len(list(Path("/tmp").glob("fs-*"))),
+            "folders in /tmp": len(folders_of(root)),
         }
+        self.folders |= set(folders_of(root))
         self.looks.append(look | self._ray(pids))
         self.shares.append({"round": number, **share})
 
@@ -189,11 +203,10 @@ def seconds_per_round(times: Mapping[int, float], first: int, last: int) -> floa
 
 def soak(rounds: int, *, actors: int, interval_s: float) -> dict[str, Any]:
     """Run, watch, and put the figures together."""
-    before = set(Path("/tmp").glob("fs-*"))
     with tempfile.TemporaryDirectory(prefix="fedsim-soak-") as folder:
         resources = {"resources.client_actors": actors, "resources.num_cpus": 2}
         run_dir = Path(folder) / "run"
-        settings = SETTINGS | ROUND | resources | {"federation.global_rounds": rounds}
+        settings = ROUND | resources | {"federation.global_rounds": rounds}
         run = Run(run_dir, words(run_dir, settings), ENVIRONMENT)
         watcher = Watcher(run)
         while run.process.poll() is None and watcher.round_number() < rounds:
@@ -215,7 +228,7 @@ def soak(rounds: int, *, actors: int, interval_s: float) -> dict[str, Any]:
         "seconds first": first,
         "seconds last": last,
         "lacks": result["mlflow_lacks"],
-        "left": sorted(map(str, set(Path("/tmp").glob("fs-*")) - before)),
+        "left": sorted(str(folder) for folder in watcher.folders if folder.exists()),
     }
 
 

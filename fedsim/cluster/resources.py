@@ -98,6 +98,8 @@ def start_ray(*, address: str | None, num_cpus: int | None, num_gpus: int | None
             num_gpus=num_gpus,
             include_dashboard=False,
             _temp_dir=str(folder.path),
+            # Events of tasks, 100,000 of them, are for a dashboard, which isn't there: a leak of some MB otherwise.
+            _system_config={"task_events_report_interval_ms": 0},
             **quiet,
         )
     except Exception as error:  # Ray raises bare ones where its processes don't come up in time
