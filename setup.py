@@ -37,7 +37,15 @@ setup(
         "typer>=0.12",
     ],
     extras_require={
-        "dev": ["hypothesis>=6.100", "mypy>=1.10", "pre-commit>=3.7", "pytest>=8", "ruff>=0.5", "types-PyYAML>=6"],
+        "dev": [
+            "hypothesis>=6.100",
+            "mypy>=1.10",
+            "pre-commit>=3.7",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.5",
+            "types-PyYAML>=6",
+        ],
         "images": ["accelerate>=1", "diffusers>=0.35"],
         "privacy": ["opacus>=1.5"],
         "search": ["optuna>=4"],
