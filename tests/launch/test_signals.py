@@ -170,7 +170,7 @@ def test_blocks_under_way_are_left_at_their_next_step(tmp_path, threads, generat
         process.send_signal(signal.SIGTERM)
         began = time.monotonic()
         out, err = process.communicate(timeout=60)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 15  # with the end of the interpreter, which takes seconds on a busy machine
     assert process.returncode == 143, out + err
     assert "Traceback" not in out + err
 
