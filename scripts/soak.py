@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from driven_runs import SETTINGS, Run, words
-from process_tree import descendants, open_descriptors, proportional_bytes, threads_of
+from process_tree import TICKS, descendants, open_descriptors, proportional_bytes, read_stat, threads_of
 
 MARKS = (200, 500, 1000, 1500, 2000)
 ROUND = SETTINGS | {
@@ -155,6 +155,7 @@ class Watcher:
             "descriptors": sum(map(open_descriptors, pids)),
             "threads": sum(map(threads_of, pids)),
             "processes": len(pids),
+            "cpu": sum(stat[2] for pid in pids if (stat := read_stat(pid))) / TICKS,
             "run directory": size / 1e6,
             "files of the run": files,
             "folders in /tmp": len(folders_of(root)),
@@ -201,6 +202,13 @@ def seconds_per_round(times: Mapping[int, float], first: int, last: int) -> floa
     return (times[last] - times[first]) / (last - first)
 
 
+def cpu_per_round(looks: Sequence[Look], first: int, last: int) -> float:
+    """Processor seconds of the tree between looks: other work on the machine doesn't count."""
+    some = [look for look in looks if first <= look["round"] <= last]
+    rounds = some[-1]["round"] - some[0]["round"] if some else 0
+    return (some[-1]["cpu"] - some[0]["cpu"]) / rounds if rounds else float("nan")
+
+
 def soak(rounds: int, *, actors: int, interval_s: float) -> dict[str, Any]:
     """Run, watch, and put the figures together."""
     with tempfile.TemporaryDirectory(prefix="fedsim-soak-") as folder:
@@ -217,8 +225,9 @@ def soak(rounds: int, *, actors: int, interval_s: float) -> dict[str, Any]:
             raise SystemExit(f"the run failed:\n{run.text}")
         result = json.loads((run_dir / "result.json").read_text())
     window = max(1, min(100, rounds // 10))
-    ends = (seconds_per_round(watcher.times, *part) for part in ((window, 3 * window), (rounds - 2 * window, rounds)))
-    first, last = ends
+    parts = ((window, 3 * window), (rounds - 2 * window, rounds))
+    first, last = (seconds_per_round(watcher.times, *part) for part in parts)
+    cpu_first, cpu_last = (cpu_per_round(watcher.looks, *part) for part in parts)
     return {
         "rounds": rounds,
         "actors": actors,
@@ -227,6 +236,8 @@ def soak(rounds: int, *, actors: int, interval_s: float) -> dict[str, Any]:
         "window": window,
         "seconds first": first,
         "seconds last": last,
+        "cpu first": cpu_first,
+        "cpu last": cpu_last,
         "lacks": result["mlflow_lacks"],
         "left": sorted(str(folder) for folder in watcher.folders if folder.exists()),
     }
@@ -252,7 +263,9 @@ def table(found: Mapping[str, Any]) -> list[str]:
     lines.append("")
     lines.append(
         f"A round took {1000 * first:.0f} ms in rounds {window + 1} to {3 * window} and {1000 * last:.0f} ms in the "
-        f"last {2 * window}: ratio {last / first:.2f}. Left in /tmp: {', '.join(found['left']) or 'nothing'}. "
+        f"last {2 * window}: ratio {last / first:.2f}; processor "
+        f"time {1000 * found['cpu first']:.0f} and {1000 * found['cpu last']:.0f} ms: ratio "
+        f"{found['cpu last'] / found['cpu first']:.2f}. Left in /tmp: {', '.join(found['left']) or 'nothing'}. "
         f"MLflow lacks: {found['lacks'] or 'nothing'}."
     )
     return lines
