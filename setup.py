@@ -43,6 +43,7 @@ setup(
             "mypy>=1.10",
             "pre-commit>=3.7",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.5",
             "types-PyYAML>=6",
         ],

@@ -27,7 +27,8 @@ from functools import partial
 from pathlib import Path
 
 import psutil
-from broken_runs import HEALTH, MEMORY, Run, actors, calm_digest, joining, recoveries, start, steps_in_mlflow, two_nodes
+from broken_runs import HEALTH, MEMORY, actors, calm_digest, joining, recoveries, start, steps_in_mlflow, two_nodes
+from driven_runs import Run
 from two_hosts import TwoHosts, can_make_hosts, two_hosts
 
 CUT_S = 20.0

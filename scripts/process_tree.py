@@ -73,16 +73,24 @@ class Sampler:
 
     def _members(self) -> list[tuple[int, tuple[int, int], int]]:
         processes = {pid: stat for pid in running() if (stat := read_stat(pid)) and pid != os.getpid()}
-        children: dict[int, list[int]] = {}
-        for pid, (parent, _, _) in processes.items():
-            children.setdefault(parent, []).append(pid)
-        open_pids = [pid for pid, stat in processes.items() if pid == self._root or (pid, stat[1]) in self._cpu]
-        members = set(open_pids)
-        while open_pids:
-            fresh = [child for child in children.get(open_pids.pop(), []) if child not in members]
-            members.update(fresh)
-            open_pids += fresh
-        return [(pid, (pid, processes[pid][1]), processes[pid][2]) for pid in members]
+        roots = [pid for pid, stat in processes.items() if pid == self._root or (pid, stat[1]) in self._cpu]
+        return [(pid, (pid, processes[pid][1]), processes[pid][2]) for pid in descendants(roots, processes)]
+
+
+def descendants(roots: list[int], processes: dict[int, tuple[int, int, int]] | None = None) -> set[int]:
+    """Processes and everything below them; `processes` as `read_stat` gives them, by number (None: looked up)."""
+    if processes is None:
+        processes = {pid: stat for pid in running() if (stat := read_stat(pid))}
+    children: dict[int, list[int]] = {}
+    for pid, (parent, _, _) in processes.items():
+        children.setdefault(parent, []).append(pid)
+    open_pids = [pid for pid in roots if pid in processes]
+    members = set(open_pids)
+    while open_pids:
+        fresh = [child for child in children.get(open_pids.pop(), []) if child not in members]
+        members.update(fresh)
+        open_pids += fresh
+    return members
 
 
 def running() -> list[int]:
@@ -100,19 +108,35 @@ def read_stat(pid: int) -> tuple[int, int, int] | None:
     return int(fields[1]), int(fields[19]), int(fields[11]) + int(fields[12])
 
 
-def proportional_bytes(pid: int) -> int:
-    """PSS of a process; 0 when it is gone, or is not ours to read."""
+def proportional_bytes(pid: int, *, parts: tuple[str, ...] = ("Pss:",)) -> int:
+    """PSS of a process, or the sum of some of its parts (`Pss_Anon:`...); 0 when it is gone, or not ours to read."""
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Pss:")), 0)
+    return sum(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(parts))
 
 
 def resident_bytes(pid: int) -> int:
     """RSS of a process; 0 when it is gone."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
+    except OSError:
+        return 0
+
+
+def open_descriptors(pid: int) -> int:
+    """File descriptors that a process has open; 0 when it is gone."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError:
+        return 0
+
+
+def threads_of(pid: int) -> int:
+    """Threads of a process; 0 when it is gone."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))
     except OSError:
         return 0
 

@@ -28,7 +28,6 @@ import psutil
 from broken_runs import (
     HEALTH,
     MEMORY,
-    Run,
     actors,
     calm_digest,
     recoveries,
@@ -36,6 +35,7 @@ from broken_runs import (
     steps_in_mlflow,
     two_nodes,
 )  # fmt: skip
+from driven_runs import Run
 
 PAUSE_S = 2.0
 SHARES = {"client": 8, "hang": 3, "pause": 3, "server": 3, "node": 3, "driver": 3, "terminate": 2}

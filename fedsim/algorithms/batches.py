@@ -31,6 +31,7 @@ class ClientRows:
         lengths: valid time patches [N] (0 where the model doesn't need them).
         labels: classes [N].
         generators: where clients keep generators of their own: flat networks, a row each; else None.
+        go_on: called before every step over these rows; what it raises ends the work.
     """
 
     client: np.ndarray
@@ -40,6 +41,7 @@ class ClientRows:
     lengths: Tensor
     labels: Tensor
     generators: np.ndarray | None = None
+    go_on: Callable[[], None] | None = None
 
     def __len__(self) -> int:
         return len(self.client)
@@ -158,6 +160,8 @@ class Batches:
         """Step after step, each with the clients that still have one."""
         rows = self.mask.sum(2)
         for step in range(int(self.steps[-1])):
+            if self.data.go_on is not None:
+                self.data.go_on()
             first = int(np.searchsorted(self.steps, step, side="right"))
             index = self.index[first:, step]
             flat = index.reshape(-1)

@@ -207,8 +207,7 @@ def check_mlflow() -> Iterator[Finding]:
 
 def check_ray() -> Iterator[Finding]:
     """Ray as a run would start or join it."""
-    from fedsim.cluster.handle import stop_ray
-    from fedsim.cluster.resources import start_ray
+    from fedsim.cluster.resources import start_ray, stop_ray
 
     address = os.environ.get("RAY_ADDRESS")
     advice = "set RAY_ADDRESS right, or unset it" if address else "resources.client_actors=0 runs without Ray"
@@ -216,8 +215,8 @@ def check_ray() -> Iterator[Finding]:
     try:
         if address:
             _knock(address)
-        if start_ray(address=None, num_cpus=1, num_gpus=0):
-            stop_ray()
+        if connection := start_ray(address=None, num_cpus=1, num_gpus=0):
+            stop_ray(connection)
     except Exception as error:  # whatever Ray raises when it can't start is what is to be told
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         yield Finding("Ray", "problem", f"{address}: {reason}" if address else reason, advice)

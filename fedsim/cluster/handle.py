@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -224,11 +223,3 @@ def demand_of(setup: Setup) -> Demand:
         server_cpus=resources.server_cpus,
         server_gpus=resources.server_gpus,
     )
-
-
-def stop_ray() -> None:
-    """Disconnect, and remove the private Ray's folder."""
-    folder = ray._private.worker._global_node.get_session_dir_path() if ray._private.worker._global_node else None
-    ray.shutdown()
-    if folder and "/fs-" in folder:
-        shutil.rmtree(folder.split("/session_")[0], ignore_errors=True)

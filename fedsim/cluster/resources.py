@@ -6,12 +6,12 @@ import logging
 import math
 import os
 import socket
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
 
+from fedsim.cluster.ray_folder import RayFolder, make_ray_folder, remove_dead_folders
 from fedsim.cluster.shipping import code_for_nodes
 from fedsim.errors import ResourceError
 from fedsim.machine import memory_limit, usable_memory, whole_cores
@@ -53,7 +53,18 @@ class Demand:
         return [server, *[client] * self.client_actors]
 
 
-def start_ray(*, address: str | None, num_cpus: int | None, num_gpus: int | None) -> bool:
+@dataclass(frozen=True)
+class Connection:
+    """A Ray that this process has joined, or started.
+
+    Attributes:
+        folder: of a Ray that it has started.
+    """
+
+    folder: RayFolder | None = None
+
+
+def start_ray(*, address: str | None, num_cpus: int | None, num_gpus: int | None) -> Connection | None:
     """Start a private Ray on this machine, or join a cluster when an address is given (or RAY_ADDRESS is set).
 
     Inside a Ray process (a Tune trial, a job) that is already connected nothing is started.
@@ -64,13 +75,13 @@ def start_ray(*, address: str | None, num_cpus: int | None, num_gpus: int | None
         num_gpus: GPUs a private Ray is told of; None lets it look.
 
     Returns:
-        Whether this call connected, so that the caller must disconnect.
+        What the caller must hand to `stop_ray`; None where Ray was connected before.
 
     Raises:
         ResourceError: the cluster can't be reached, or no Ray starts here.
     """
     if ray.is_initialized():
-        return False
+        return None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = address or os.environ.get("RAY_ADDRESS")
@@ -82,9 +93,9 @@ def start_ray(*, address: str | None, num_cpus: int | None, num_gpus: int | None
             ray.init(address=address, runtime_env=code_for_nodes(), **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ResourceError(f"no Ray cluster answers at {address!r}: {error}".splitlines()[0]) from error
-        return True
-    # Ray's own default folder would be shared with other users; socket paths have a limit of 107 characters.
-    folder = tempfile.mkdtemp(prefix="fs-", dir="/tmp" if os.path.isdir("/tmp") else None)
+        return Connection()
+    remove_dead_folders()
+    folder = make_ray_folder()
     try:
         ray.init(
             address="local",
@@ -92,16 +103,25 @@ def start_ray(*, address: str | None, num_cpus: int | None, num_gpus: int | None
             num_gpus=num_gpus,
             include_dashboard=False,
             object_store_memory=_store_bytes(),
-            _temp_dir=folder,
+            _temp_dir=str(folder.path),
+            # Events of tasks, 100,000 of them, are for a dashboard, which isn't there: a leak of some MB otherwise.
+            _system_config={"task_events_report_interval_ms": 0},
             **quiet,
         )
     except Exception as error:  # Ray raises bare ones where its processes don't come up in time
         ray.shutdown()
         raise ResourceError(
-            f"Ray can't be started on this machine (logs in {folder}): {' '.join(str(error).split())[:200]}; try again "
-            "when it is less busy, or train in this process with resources.client_actors: 0"
+            f"Ray can't be started on this machine (logs in {folder.path}): {' '.join(str(error).split())[:200]}; try "
+            "again when it is less busy, or train in this process with resources.client_actors: 0"
         ) from error
-    return True
+    return Connection(folder)
+
+
+def stop_ray(connection: Connection) -> None:
+    """Disconnect, and remove a private Ray's folder."""
+    ray.shutdown()
+    if connection.folder is not None:
+        connection.folder.remove()
 
 
 def _store_bytes() -> int | None:

@@ -21,7 +21,7 @@ from fedsim.algorithms.aggregation import SumTree
 from fedsim.algorithms.batches import ClientRows
 from fedsim.algorithms.row_sample import sample_rows
 from fedsim.errors import ClientError, FedsimError
-from fedsim.federation.memory import keep_freed_memory
+from fedsim.federation.memory import keep_freed_memory, out_of_memory
 from fedsim.federation.messages import require_finite, shown
 from fedsim.federation.parts import Parts, build_parts, rows_of
 from fedsim.federation.setup import Setup
@@ -46,11 +46,6 @@ def without(block: Block, dropped: Sequence[LostClient]) -> Block:
     return Block(block.index, block.client_ids[~np.isin(block.client_ids, [lost.client for lost in dropped])])
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out; torch's CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
-
 class BlockTrainer:
     """Trains blocks on one device; what a client actor holds between calls is data and buffers, never client state.
 
@@ -58,28 +53,32 @@ class BlockTrainer:
         setup: what the driver prepared.
         device: where to train.
         parts: what computes, where it has been built.
+        go_on: called before every step of clients; what it raises ends the block.
     """
 
-    def __init__(self, setup: Setup, device: torch.device, *, parts: Parts | None = None) -> None:
+    def __init__(
+        self, setup: Setup, device: torch.device, *, parts: Parts | None = None, go_on: Callable[[], None] | None = None
+    ) -> None:
         keep_freed_memory()
         self._setup = setup
         self._parts = build_parts(setup, device) if parts is None else parts
+        self._go_on = go_on
         self._stacks = StackTrainer(setup, self._parts)
         self._drops = setup.config.federation.on_client_error == "drop"
 
     def twin(self) -> BlockTrainer:
         """A trainer for another thread: the same data, buffers of its own."""
-        return BlockTrainer(self._setup, self._parts.device, parts=self._parts)
+        return BlockTrainer(self._setup, self._parts.device, parts=self._parts, go_on=self._go_on)
 
     def prepare(self, block: Block, broadcast: Broadcast) -> ClientRows:
         """Gather the recordings of a block; may run in another thread while a block trains."""
         rows, counts = self._setup.partition.rows_of(block.client_ids)
         ids, own = block.client_ids, block.generators
         if (table := self._parts.table) is not None:
-            return ClientRows(ids, counts, rows, table.inputs, table.lengths, table.labels, own)
+            return ClientRows(ids, counts, rows, table.inputs, table.lengths, table.labels, own, self._go_on)
         inputs, lengths = rows_of(self._parts, rows)
         labels = torch.from_numpy(self._setup.labels[rows]).to(self._parts.device)
-        return ClientRows(ids, counts, np.arange(len(rows)), inputs, lengths, labels, own)
+        return ClientRows(ids, counts, np.arange(len(rows)), inputs, lengths, labels, own, self._go_on)
 
     def train(self, block: Block, broadcast: Broadcast, prepared: ClientRows | None = None) -> BlockUpdate:
         """Train every client of a block; its stacks are added up as they finish.
@@ -153,14 +152,14 @@ class BlockTrainer:
                 require_finite(stack, data.client, broadcast)
             return stack
         except Exception as error:
-            if out_of_memory := _out_of_memory(error):
+            if no_memory := out_of_memory(error):
                 if len(data) <= least:
                     raise
             elif not self._drops or (isinstance(error, FedsimError) and not isinstance(error, ClientError)):
                 raise
             elif len(data) == 1:
                 return self._stacks.none_of(data, f"dropped: {_told(error, broadcast.round_number)}")
-            what = "out of memory" if out_of_memory else f"client code failed ({type(error).__name__})"
+            what = "out of memory" if no_memory else f"client code failed ({type(error).__name__})"
         log.warning("%s with %d clients at once in block %d: training fewer", what, len(data), block.index)
         # Both halves are subtrees of the sum.
         half = 1 << ((len(data) - 1).bit_length() - 1) if len(data) > least else 1

@@ -19,7 +19,14 @@ from typing import Any, Protocol
 
 from fedsim.algorithms.generator_quality import COLLAPSED
 from fedsim.federation.retention import thin_out
-from fedsim.federation.run_directory import append_round, fault_record, read_history, write_text, writing
+from fedsim.federation.run_directory import (
+    append_round,
+    fault_record,
+    read_history,
+    repeated_faults,
+    write_text,
+    writing,
+)
 from fedsim.federation.server import Server
 from fedsim.federation.tracker import FinalReport, Tracker
 from fedsim.models.saved import digest, save_adapter
@@ -94,7 +101,7 @@ class Experiment:
         history = read_history(files.run_dir, up_to=self._saved)
         self._top1 = {record["round"]: record["metrics"].get("eval/top1") for record in history}
         self._writing, self._stopped = Lock(), False
-        self._faults = list(faults)
+        self._faults = [*repeated_faults(files.run_dir), *faults]
 
     def round(self) -> RoundResult:
         """Run the next round; its numbers are written before its checkpoint.

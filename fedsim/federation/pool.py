@@ -28,6 +28,10 @@ class LostBlock:
     reason: str
 
 
+class Abandoned(BaseException):
+    """Ends a block whose pool is closed; no `Exception`, since the client's code has no part in it."""
+
+
 class ClientPool(Protocol):
     """Trains blocks, wherever."""
 
@@ -63,7 +67,8 @@ class InProcessPool:
     """
 
     def __init__(self, setup: Setup, device: torch.device, *, threads: int = 1) -> None:
-        trainer = BlockTrainer(setup, device)
+        self._closed = False
+        trainer = BlockTrainer(setup, device, go_on=self._go_on)
         self._idle = SimpleQueue[BlockTrainer]()
         for own in [trainer, *(trainer.twin() for _ in range(threads - 1))]:
             self._idle.put(own)
@@ -96,8 +101,13 @@ class InProcessPool:
         finally:
             self._idle.put(trainer)
 
+    def _go_on(self) -> None:
+        if self._closed:
+            raise Abandoned
+
     def close(self) -> None:
-        """End the threads; a block under way is trained to its end."""
+        """End the threads; a block under way is left at its next step."""
+        self._closed = True
         sys.setswitchinterval(self._interval)
         for threads in (self._ahead, self._workers):
             threads.shutdown(cancel_futures=True)

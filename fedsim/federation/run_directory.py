@@ -22,6 +22,8 @@ from fedsim.types import Fault, RoundResult
 
 LOCK = ".lock"
 """Says who holds the directory; see `run_lock`."""
+REPEATED = "faults.json"
+"""Faults of rounds that a resume repeats, until the first of them is recorded again."""
 
 
 def create_run_directory(run_dir: Path, config: Config) -> None:
@@ -104,6 +106,35 @@ def fault_record(fault: Fault) -> dict[str, object]:
     }
 
 
+def repeated_faults(run_dir: Path) -> list[Fault]:
+    """What broke in rounds that a resume repeats, see `keep_rounds`.
+
+    Raises:
+        CheckpointError: the file that says so is damaged.
+    """
+    return [_fault(record, run_dir / REPEATED) for record in _repeated(run_dir)]
+
+
+def _repeated(run_dir: Path) -> list[Any]:
+    path = run_dir / REPEATED
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a list of faults ({error}); delete it to go on without them") from error
+    return found if isinstance(found, list) else [found]
+
+
+def _fault(record: Any, path: Path) -> Fault:
+    """The inverse of `fault_record`."""
+    kinds = {"kind": str, "actor": str, "node": str, "block": int | None, "round": int, "reason": str}
+    if not (isinstance(record, dict) and all(isinstance(record.get(name, ...), kind) for name, kind in kinds.items())):
+        raise CheckpointError(f"{path}: {str(record)[:100]!r} is no fault; delete the file to go on without them")
+    found = {name: record[name] for name in kinds if name != "round"}
+    return Fault(**found, round_number=record["round"])
+
+
 def round_record(result: RoundResult) -> dict[str, Any]:
     """One object of metrics.jsonl: `round`, `time` (Unix seconds), `metrics`...; non-finite numbers become null."""
     return {
@@ -120,11 +151,12 @@ def round_record(result: RoundResult) -> dict[str, Any]:
 
 
 def append_round(run_dir: Path, result: RoundResult) -> None:
-    """Add one object to metrics.jsonl, see `round_record`."""
+    """Add one object to metrics.jsonl, see `round_record`; faults of repeated rounds are among its own by now."""
     with (run_dir / "metrics.jsonl").open("a") as stream:
         stream.write(json.dumps(round_record(result)) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
+    (run_dir / REPEATED).unlink(missing_ok=True)
 
 
 def read_history(run_dir: Path, *, up_to: int | None = None) -> list[dict[str, Any]]:
@@ -171,9 +203,24 @@ def last_recorded(run_dir: Path) -> int:
 
 
 def keep_rounds(run_dir: Path, *, up_to: int) -> None:
-    """Drop rounds after `up_to` from metrics.jsonl: a resume repeats them."""
-    text = "".join(json.dumps(record) + "\n" for record in read_history(run_dir, up_to=up_to))
+    """Drop rounds after `up_to` from metrics.jsonl: a resume repeats them, and what broke in them is noted apart."""
+    history = read_history(run_dir)
+    kept = [record for record in history if record["round"] <= up_to]
+    told = [fault for record in kept for fault in _faults_of(record)]
+    dropped = _repeated(run_dir) + [f for record in history if record["round"] > up_to for f in _faults_of(record)]
+    # Once each: who noted or recorded them may have died before the other was deleted.
+    missing = [fault for number, fault in enumerate(dropped) if fault not in told + dropped[:number]]
+    if missing:
+        write_text(run_dir / REPEATED, json.dumps(missing, indent=2) + "\n")
+    else:
+        (run_dir / REPEATED).unlink(missing_ok=True)
+    text = "".join(json.dumps(record) + "\n" for record in kept)
     write_text(run_dir / "metrics.jsonl", text)
+
+
+def _faults_of(record: Mapping[str, Any]) -> list[Any]:
+    found = record.get("faults")
+    return found if isinstance(found, list) else []
 
 
 def temporary_folder(owner: object) -> Path:

@@ -25,6 +25,7 @@ from fedsim.data.store import open_store
 from fedsim.errors import ClientError
 from fedsim.federation.blocks import BlockTrainer, make_blocks
 from fedsim.federation.client_sums import ClientSums
+from fedsim.federation.memory import out_of_memory
 from fedsim.federation.parts import build_parts, choose_device, initial_state
 from fedsim.federation.setup import Setup, head_specs
 from fedsim.machine import whole_cores
@@ -213,14 +214,10 @@ def _measure_fitting(setup: Setup, cohort: np.ndarray, size: int, *, may_halve: 
             return size, measure_block(setup, cohort, size)
         except (MemoryError, RuntimeError, ClientError) as error:
             causes = (error, error.__cause__)
-            if not may_halve or size == 1 or not any(_out_of_memory(cause) for cause in causes):
+            if not may_halve or size == 1 or not any(out_of_memory(cause) for cause in causes):
                 raise
         log.warning("out of memory with blocks of %d clients: resources.block_size is halved to %d", size, size // 2)
         size //= 2
-
-
-def _out_of_memory(error: BaseException | None) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def measure_block(setup: Setup, cohort: np.ndarray, size: int) -> Measured:
@@ -277,13 +274,12 @@ def _machine(config: Config) -> Machine:
 
 
 def _cluster(resources: Resources) -> Machine:
-    from fedsim.cluster.handle import stop_ray
-    from fedsim.cluster.resources import cluster_resources, start_ray
+    from fedsim.cluster.resources import cluster_resources, start_ray, stop_ray
 
     started = start_ray(address=resources.address, num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
     try:
         found = cluster_resources()
     finally:
         if started:
-            stop_ray()
+            stop_ray(started)
     return Machine(found["CPU"], found["GPU"])

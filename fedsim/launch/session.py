@@ -91,8 +91,8 @@ def open_experiment(
         with one_thread(), _closing(in_process, tracker) as experiment:
             yield experiment
         return
-    from fedsim.cluster.handle import RemoteExperiment, demand_of, stop_ray
-    from fedsim.cluster.resources import check_fits, start_ray
+    from fedsim.cluster.handle import RemoteExperiment, demand_of
+    from fedsim.cluster.resources import check_fits, start_ray, stop_ray
 
     if config.tracking.enabled:
         Thread(target=warm_up, args=(store_of(setup, run_dir, parent),), daemon=True).start()
@@ -106,7 +106,7 @@ def open_experiment(
             yield experiment
     finally:
         if started:
-            stop_ray()
+            stop_ray(started)
 
 
 def _resumed(last: int) -> Fault:

@@ -17,8 +17,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
-from fedsim.cluster.handle import stop_ray
-from fedsim.cluster.resources import Demand, check_fits, start_ray
+from fedsim.cluster.resources import Demand, check_fits, start_ray, stop_ray
 from fedsim.config import Config, resolved_yaml
 from fedsim.errors import ConfigError, FedsimError
 from fedsim.federation.run_directory import write_text
@@ -114,7 +113,7 @@ def _ray(config: Config) -> Iterator[None]:
         yield
     finally:
         if started:
-            stop_ray()
+            stop_ray(started)
 
 
 def trial_demand(config: Config) -> Demand:

@@ -145,6 +145,7 @@ def test_generators_of_clients_are_the_same_over_the_wire(cluster, setup, mode):
     assert all((kept[client] == wanted[client]).all() for client in wanted)
 
 
+@pytest.mark.slow
 def test_actors_killed_in_mid_round_leave_the_same_bits_and_a_warning(cluster, setup, reference, caplog):
     killed = []
 

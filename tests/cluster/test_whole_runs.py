@@ -167,11 +167,14 @@ def test_kill_9_and_resume_end_like_an_uninterrupted_run(uninterrupted, tmp_path
             process.kill()
     assert not (run_dir / "result.json").exists()
     assert 3 <= len(read_history(run_dir)) < 6
+    owners = [file for file in Path("/tmp").glob("fs-*/owner") if file.read_text().strip() == str(driver.pid)]
+    assert len(owners) == 1
 
     resumed = subprocess.run(
         command("resume", str(run_dir)), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
     )
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert not owners[0].parent.exists(), "the killed driver's Ray folder is still there"
     result = json.loads((run_dir / "result.json").read_text())
     assert result["digest"] == uninterrupted[1]["digest"]
     assert f"digest {result['digest']}" in resumed.stdout

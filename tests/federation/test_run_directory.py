@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 from worlds import tiny_config
@@ -14,11 +15,13 @@ from fedsim.federation.run_directory import (
     append_round,
     create_run_directory,
     discard_unused,
+    fault_record,
     keep_rounds,
     read_history,
+    repeated_faults,
     write_text,
 )
-from fedsim.types import LostClient, RoundResult
+from fedsim.types import Fault, LostClient, RoundResult
 
 
 def result(number: int, **metrics: float) -> RoundResult:
@@ -109,6 +112,52 @@ def test_a_resume_drops_the_rounds_it_repeats(tmp_path):
     append_round(tmp_path, result(3))
     assert [record["round"] for record in read_history(tmp_path)] == [1, 2, 3]
     assert file.read_text().endswith("\n")
+
+
+def with_faults(number: int, *faults: Fault) -> RoundResult:
+    return replace(result(number), faults=faults)
+
+
+def fault(number: int, kind: str = "killed") -> Fault:
+    return Fault(kind, "client-0 (pid 7)", "10.0.0.1", 2 if kind == "killed" else None, number, "it died")
+
+
+@pytest.mark.parametrize("up_to", [0, 1])
+def test_faults_of_repeated_rounds_wait_for_the_first_round_that_is_recorded_again(tmp_path, up_to):
+    kept = [fault(1)][: 1 - up_to]
+    append_round(tmp_path, with_faults(1, fault(1)))
+    append_round(tmp_path, with_faults(2, fault(2), fault(2, "hung")))
+    append_round(tmp_path, with_faults(3))
+    for _ in range(2):  # a resume that is killed before its first round is over, and another
+        keep_rounds(tmp_path, up_to=up_to)
+        assert repeated_faults(tmp_path) == [*kept, fault(2), fault(2, "hung")]
+    append_round(tmp_path, with_faults(up_to + 1, *repeated_faults(tmp_path), fault(2, "resumed")))
+    assert repeated_faults(tmp_path) == []
+    told = [record for line in read_history(tmp_path) for record in line["faults"]]
+    assert told == [fault_record(f) for f in (fault(1), fault(2), fault(2, "hung"), fault(2, "resumed"))]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"}
+
+
+def test_faults_are_told_once_whenever_a_resume_is_killed(tmp_path):
+    append_round(tmp_path, with_faults(1))
+    append_round(tmp_path, with_faults(2, fault(2)))
+    before = (tmp_path / "metrics.jsonl").read_text()
+    keep_rounds(tmp_path, up_to=1)
+    noted = (tmp_path / "faults.json").read_text()
+    (tmp_path / "metrics.jsonl").write_text(before)  # killed between the note and the cut
+    keep_rounds(tmp_path, up_to=1)
+    assert repeated_faults(tmp_path) == [fault(2)]
+    append_round(tmp_path, with_faults(2, *repeated_faults(tmp_path)))
+    (tmp_path / "faults.json").write_text(noted)  # killed between the round and the note's end
+    keep_rounds(tmp_path, up_to=2)
+    assert repeated_faults(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', '[{"kind": "killed"}]', "[" * 100_000])
+def test_a_damaged_note_of_faults_is_one_line(tmp_path, text):
+    (tmp_path / "faults.json").write_text(text)
+    with pytest.raises(CheckpointError, match="delete"):
+        repeated_faults(tmp_path)
 
 
 def test_no_history_is_an_empty_one(tmp_path):

@@ -128,9 +128,14 @@ def test_resuming_before_the_first_checkpoint_starts_again(finished, tmp_path, c
     folder = tmp_path / "run"
     folder.mkdir()
     shutil.copy(finished[0] / "config.yaml", folder)
-    (folder / "metrics.jsonl").write_text('{"round": 1, "metrics": {}}\n')
+    fault = {"kind": "killed", "actor": "client-0", "node": "", "block": 1, "round": 1, "reason": "it died"}
+    (folder / "metrics.jsonl").write_text(json.dumps({"round": 1, "metrics": {}, "faults": [fault]}) + "\n")
     with caplog.at_level(logging.WARNING, logger="fedsim"):
-        assert session.resume(folder)["digest"] == finished[1]["digest"]
+        result = session.resume(folder)
+    assert result["digest"] == finished[1]["digest"]
+    # What broke in the rounds that were repeated isn't forgotten.
+    assert result["faults"] == {"killed": 1}
+    assert [record["faults"] for record in read_history(folder)] == [[fault], [], [], []]
     assert "holds no checkpoint: the run starts again at round 1" in caplog.text
 
 

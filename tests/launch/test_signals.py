@@ -16,7 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "federation"))
 
-from worlds import SERVER_STEP, tiny_config
+from worlds import OWN_GENERATORS, SERVER_STEP, tiny_config
 
 from fedsim.cli import session
 from fedsim.config import resolved_yaml
@@ -151,6 +151,28 @@ def test_the_second_signal_does_not_wait_for_a_clean_end(first, second, code):
         process.kill()
         process.communicate()
     assert (process.returncode, err) == (code, "stopped at once\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("generators", [(), OWN_GENERATORS], ids=["adapters", "generators"])
+def test_blocks_under_way_are_left_at_their_next_step(tmp_path, threads, generators):
+    # Each block would train for minutes: the adapter's steps, or those of a network of its own.
+    long = ("federation.local_epochs=1", "feda2v.generator_epochs=1000000") if generators else ()
+    config = ("federation.local_epochs=20000", "tracking.plots=false", *generators, *long)
+    with running(tmp_path, *config, f"resources.num_cpus={threads}", rounds=0) as process:
+        end = time.monotonic() + 120
+        while not (tmp_path / "run" / "config.yaml").is_file():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(4)
+        assert process.poll() is None, process.communicate()
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        out, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 15  # with the end of the interpreter, which takes seconds on a busy machine
+    assert process.returncode == 143, out + err
+    assert "Traceback" not in out + err
 
 
 @pytest.mark.slow
