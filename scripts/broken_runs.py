@@ -1,4 +1,4 @@
-"""What `chaos.py` and `storm.py` have in common: runs to be broken, what they run on, and how to see that they recovered."""
+"""What `chaos.py` and `storm.py` share: runs to be broken, what they run on, and how to see that they recovered."""
 
 from __future__ import annotations
 

@@ -142,11 +142,11 @@ def test_documents_that_are_no_configuration(tmp_path, suffix):
         ("a: !!bool x", ("can't be parsed",)),
         ("a: " + "[" * 5000, ("nested too deeply", "32")),
         ('{"nodes": {"": {}}}', ("1 to 200 printable",)),
-        ('{"nodes": {"a\\nb": {}}}', ("1 to 200 printable", "'a\\\\nb'")),
+        ('{"nodes": {"a\\nb": {}}}', ("1 to 200 printable", "'a\\nb'")),
         ('{"nodes": {"\\ud800": {}}}', ("1 to 200 printable",)),
         ('{"experiment": {"description": "' + "x" * 5000 + '"}}', ("experiment.description", "5000", "4096")),
         ('{"data": {' + ",".join(f'"k{n}": 1' for n in range(9)) + "}}", ("'data.k0'", "and 6 more")),
-        ('{"nodes": {' + ",".join(f'"{n}": {{}}' for n in range(25_000)) + "}}", ("100000 values",)),
+        ('{"nodes": {' + ",".join(f'"{n}": {{}}' for n in range(25_000)) + "}}", ("at most 100000",)),
     ],
 )
 def test_what_the_generator_found(tmp_path, text, parts):
@@ -154,7 +154,7 @@ def test_what_the_generator_found(tmp_path, text, parts):
     how, error = ends_well(lambda: fedsim.load_config(tmp_path / "x.yaml"))
     assert how == REFUSED
     assert not [part for part in parts if part not in str(error)], error
-    assert len(str(error)) < 500
+    assert len(str(error)) < 1000
 
 
 @pytest.mark.parametrize(

@@ -134,8 +134,9 @@ def test_a_private_ray_is_told_of_the_limits():
     import subprocess
 
     program = (
-        "import ray; from fedsim.cluster.handle import stop_ray; from fedsim.cluster.resources import start_ray; "
-        "start_ray(address=None, num_cpus=None, num_gpus=None); print(ray.cluster_resources()['CPU']); stop_ray()"
+        "import ray; from fedsim.cluster.resources import start_ray, stop_ray; "
+        "connection = start_ray(address=None, num_cpus=None, num_gpus=None); "
+        "print(ray.cluster_resources()['CPU']); stop_ray(connection)"
     )
     env = os.environ | {"SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
