@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 
 import pytest
-from worlds import SERVER_STEP, ReorderedPool, digest_after, reconfigured, run
+from worlds import SERVER_STEP, ReorderedPool, digest_after, reconfigured, run, slow_but
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "cof", "vae"])
+@pytest.mark.parametrize("kind", slow_but(["vae"], ["gaussian", "cof", "vae"]))
 def test_a_bounded_sample_is_the_same_for_every_block_size_and_arrival(setup, kind):
     def digest_of(*overrides: str, reverse: bool = False) -> str:
         bounded = reconfigured(setup, *SERVER_STEP, f"feda2v.generator_type={kind}", *overrides)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from worlds import SERVER_STEP, digest_after, make_server, tiny_config
+from worlds import SERVER_STEP, digest_after, make_server, slow_but, tiny_config
 
 from fedsim.cli import session
 from fedsim.errors import CheckpointError, ConfigError, DataError
@@ -98,7 +98,7 @@ def interrupted(finished, tmp_path, *, after: int):
     return folder
 
 
-@pytest.mark.parametrize("after", [2, 3, 4])
+@pytest.mark.parametrize("after", slow_but([3], [2, 3, 4]))
 def test_a_resumed_run_ends_like_an_uninterrupted_one(finished, tmp_path, after):
     folder = interrupted(finished, tmp_path, after=after)
     result = session.resume(folder)

@@ -6,11 +6,13 @@ matrices begin on cache lines.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from fedsim.config import Config, config_from_mapping
@@ -170,3 +172,13 @@ class LossyPool:
 
     def close(self) -> None:
         self._pool.close()
+
+
+def slow_but(quick: Iterable[Any], cases: Mapping[str, Any] | Iterable[Any]) -> list[Any]:
+    """Parameters of a test, of which all but a few are marked slow; a mapping's keys are their ids."""
+    named = cases if isinstance(cases, Mapping) else {str(case): case for case in cases}
+    known = [str(name) for name in quick]
+    assert set(known) <= set(named)
+    return [
+        pytest.param(case, id=name, marks=[] if name in known else pytest.mark.slow) for name, case in named.items()
+    ]

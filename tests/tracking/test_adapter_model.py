@@ -45,6 +45,7 @@ def tracking_uri(store: str) -> object:
     mlflow.set_tracking_uri(before)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own use of SQLAlchemy
 def test_the_logged_model_computes_what_the_adapter_does(
     handle: RunHandle, adapter_dir: Path, tracking_uri: str
