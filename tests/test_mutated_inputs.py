@@ -28,6 +28,7 @@ from test_configurations import TINY
 from fedsim.cli import main
 from fedsim.config import config_from_mapping
 from fedsim.data import open_recordings, read_audio
+from fedsim.data.store import open_store
 from fedsim.federation.setup import prepare
 from fedsim.models.encoders.precomputed import load_precomputed
 from fedsim.models.encoders.text import make_text_targets
@@ -292,7 +293,8 @@ def test_mutated_arrays(tmp_path, tries):
 @tries(4, 80)
 def test_mutated_stores(tmp_path, tries):
     config = config_from_mapping(TINY, [f"data.cache_dir={tmp_path / 'cache'}"])
-    whole = prepare(config).data_fingerprint
+    setup = prepare(config)
+    whole, rows = setup.data_fingerprint, np.array(open_store(setup.store_path).rows)
     shutil.copytree(tmp_path / "cache", tmp_path / "kept")
     chance, counts = random.Random(4), Counter()
     for _ in range(tries):
@@ -300,7 +302,9 @@ def test_mutated_stores(tmp_path, tries):
         file = chance.choice([file for file in files if file.stat().st_size])
         file.write_bytes(mutated(file.read_bytes(), chance))
         how, answer = ends_well(lambda: prepare(config))
-        assert how == REFUSED or answer.data_fingerprint == whole
+        if how != REFUSED:
+            assert answer.data_fingerprint == whole
+            assert np.array_equal(open_store(answer.store_path).rows, rows), file
         counts[how] += 1
         shutil.rmtree(tmp_path / "cache")
         shutil.copytree(tmp_path / "kept", tmp_path / "cache")

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 ARRAYS = ("rows", "lengths", "ok")
+_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,15 @@ class Store:
     ok: np.ndarray
 
 
-def open_store(path: str | Path) -> Store:
+def open_store(path: str | Path, *, check_contents: bool = False) -> Store:
     """A finished store.
 
+    Args:
+        path: its folder.
+        check_contents: read the files once and compare their checksums (about a second per GB).
+
     Raises:
-        DataError: there is none, or a file is missing, truncated, or of another version.
+        DataError: there is none, or a file is missing, truncated, damaged, or of another version.
     """
     folder = Path(path)
     try:
@@ -58,6 +64,8 @@ def open_store(path: str | Path) -> Store:
             found = (folder / name).stat().st_size
             if found != size:
                 raise ValueError(f"{name} has {found} bytes, expected {size}")
+            if check_contents and _checksum(folder / name) != meta.get("crc32", {}).get(name):
+                raise ValueError(f"{name} differs from its checksum")
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
         if list(arrays["rows"].shape) != [meta["num_rows"], *meta["row_shape"]]:
             raise ValueError(f"rows have shape {list(arrays['rows'].shape)}")
@@ -89,7 +97,7 @@ def cached_store(
     """
     folder = cache / key
     with suppress(DataError):
-        return open_store(folder)
+        return open_store(folder, check_contents=True)
     with _cache_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
         lock = FileLock(cache / f"{key}.lock")
@@ -119,7 +127,7 @@ def _sound(folder: Path) -> Store | None:
     if not folder.exists():
         return None
     try:
-        return open_store(folder)
+        return open_store(folder, check_contents=True)
     except DataError as error:
         logger.warning("building it anew: %s", error)
         return None
@@ -158,11 +166,21 @@ def flush(arrays: dict[str, np.ndarray]) -> None:
 def _finish(partial: Path, folder: Path, *, fingerprint: str, shape: tuple[int, ...]) -> None:
     sizes = {f"{name}.npy": (partial / f"{name}.npy").stat().st_size for name in ARRAYS}
     meta: dict[str, Any] = {"version": VERSION, "fingerprint": fingerprint, "num_rows": shape[0]}
-    meta |= {"row_shape": list(shape[1:]), "bytes": sizes}
+    checksums = {name: _checksum(partial / name) for name in sizes}
+    meta |= {"row_shape": list(shape[1:]), "bytes": sizes, "crc32": checksums}
     (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     (folder / "done.npy").unlink(missing_ok=True)
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file, which may be larger than memory."""
+    crc = 0
+    with path.open("rb") as file:
+        while part := file.read(_AT_ONCE):
+            crc = zlib.crc32(part, crc)
+    return crc
 
 
 @contextmanager
