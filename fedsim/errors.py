@@ -13,8 +13,20 @@ FedsimError                 one line for people: what was wrong, what came, what
 from __future__ import annotations
 
 
+LONGEST = 4000
+"""Characters of a message: what was found in a damaged file can be long."""
+
+
 class FedsimError(Exception):
-    """Base of all errors meant for people; the command line prints its one line and exits with code 2."""
+    """Base of all errors meant for people; the command line prints its one line and exits with code 2.
+
+    Args:
+        message: what can't be printed (it may quote what was found in a file) is escaped, so that it stays one line.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST - 40]}... ({len(line)} characters)")
 
 
 class ConfigError(FedsimError):

@@ -133,7 +133,7 @@ def main() -> None:
             told()
 
     def told() -> None:
-        print(f"{args.reader}: {sum(counts.values())} inputs, {dict(counts)}, 0 tracebacks, 0 hangs", flush=True)
+        print(f"{args.reader}: {sum(counts.values())} inputs ended well, {dict(counts)}", flush=True)
 
     if not GUIDED:
         chance = random.Random(args.seed)
@@ -153,7 +153,8 @@ def main() -> None:
         f"-seed={args.seed}",
         f"-max_total_time={args.seconds}",
         "-max_len=20000",
-        "-timeout=60",
+        "-timeout=120",
+        f"-artifact_prefix={folder}/",
     ]
     atheris.Setup([sys.argv[0], *words, str(corpus)], attempt)
     try:

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import soundfile
 
 from fedsim.cli import main
+from fedsim.errors import DataError
 from fedsim.models.guarded_files import sealed
 
 TINY = {
@@ -228,3 +230,11 @@ def test_comparing_what_is_no_run(cli, tmp_path):
 
 def test_explaining_an_unknown_key(cli):
     refused(cli("config", "--explain", "training.learning_rat"), "training.learning_rate")
+
+
+def test_a_message_is_one_line_whatever_it_quotes():
+    error = DataError("no column 'path'; known: a\x1cb\n\u2028c\ud800" + "x" * 9000)
+    assert str(error).startswith(r"no column 'path'; known: a\x1cb\n\u2028c\ud800xxx")
+    assert len(str(error).splitlines()) == 1
+    assert len(str(error)) < 5000
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
