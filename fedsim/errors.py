@@ -12,7 +12,6 @@ FedsimError                 one line for people: what was wrong, what came, what
 
 from __future__ import annotations
 
-
 LONGEST = 4000
 """Characters of a message: what was found in a damaged file can be long."""
 
