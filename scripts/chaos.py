@@ -7,7 +7,7 @@ something is killed, stopped, starved or cut off in mid-round:
     python scripts/chaos.py --times 5                     # all faults
     python scripts/chaos.py --times 1 client server       # some
 
-`hosts`, `link`, `link_noticed` and `host` need root: they run on two hosts in network namespaces.
+`hosts`, `away`, `link`, `link_noticed` and `host` need root: they run on two hosts in network namespaces.
 """
 
 from __future__ import annotations
@@ -115,16 +115,19 @@ def strike_speed(folder: Path) -> tuple[Run, dict]:
 
 
 @contextmanager
-def run_on_two_hosts(folder: Path, environment: dict[str, str] | None = None) -> Iterator[tuple[TwoHosts, Run]]:
-    """A run on the first of two hosts, with two client actors on each."""
+def run_on_two_hosts(
+    folder: Path, environment: dict[str, str] | None = None, *, driver: int = 0
+) -> Iterator[tuple[TwoHosts, Run]]:
+    """A run with two client actors on each of two hosts; Ray's head is on the first one, the driver on `driver`."""
     with two_hosts(environment) as hosts:
         environment = {"RAY_AUTH_MODE": "disabled"} | (environment or {})
-        yield hosts, Run(folder, start(folder, settings=joining(hosts.address)), environment, before=hosts.on(0))
+        settings = joining(hosts.address)
+        yield hosts, Run(folder, start(folder, settings=settings), environment, before=hosts.on(driver))
 
 
-def strike_nothing(folder: Path) -> tuple[Run, dict]:
+def strike_nothing(folder: Path, *, driver: int = 0) -> tuple[Run, dict]:
     """A run across two hosts."""
-    with run_on_two_hosts(folder) as (_, run):
+    with run_on_two_hosts(folder, driver=driver) as (_, run):
         run.end()
         return run, {}
 
@@ -166,11 +169,12 @@ FAULTS: dict[str, tuple[str, Callable[[Path], tuple[Run, dict]]]] = {
     "join": ("the same, and another node joins", lambda folder: strike_node(folder, joins=True)),
     "slow": ("client actors of one of two nodes get a tenth of the time", strike_speed),
     "hosts": ("none, on two hosts", strike_nothing),
+    "away": ("none, on two hosts, the driver on the one without Ray's head", partial(strike_nothing, driver=1)),
     "link": ("link between two hosts cut for 20 s", strike_link),
     "link_noticed": ("the same, and Ray takes the host for dead", partial(strike_link, environment=HEALTH)),
     "host": ("second of two hosts, all processes and the link, in round 3", strike_host),
 }
-NEED_ROOT = ("hosts", "link", "link_noticed", "host")
+NEED_ROOT = ("hosts", "away", "link", "link_noticed", "host")
 
 
 def check(run: Run, digest: str, seen: dict) -> dict:
