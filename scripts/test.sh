@@ -9,10 +9,9 @@ if [ -z "${FEDSIM_DATA:-}" ] && [ -d ../shared/data ]; then
   export FEDSIM_DATA
 fi
 # The choice is made here and not in addopts, so that plain `pytest tests/x.py` never leaves a test out.
-fast() { python -m pytest -m "not slow and not chaos" -n auto --maxprocesses 4 --dist loadgroup "$@"; }
+several() { python -m pytest -n auto --maxprocesses 4 --dist loadgroup "$@"; }
 case "${1:-}" in
-  # The slow ones one by one: some look at the clock.
-  --all) shift && fast "$@" && python -m pytest -m "slow and not chaos" "$@" ;;
-  --chaos) shift && python -m pytest -m chaos "$@" ;;
-  *) fast "$@" ;;
+  --all) shift && several -m "not chaos" "$@" ;;
+  --chaos) shift && python -m pytest -m chaos "$@" ;; # one by one: they look at the clock
+  *) several -m "not slow and not chaos" "$@" ;;
 esac

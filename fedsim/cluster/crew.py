@@ -112,13 +112,14 @@ class Crew:
             FedsimError: it can't keep what it is sent.
             ResourceError: its constructor fails every time.
         """
-        worker = self.starting.pop(ready)
+        worker = self.starting[ready]  # left there by what is raised, so that `close` ends it
         try:
             worker.node_id, worker.address, worker.pid, has_data = ray.get(ready)
         except RayTaskError as error:
             cause = getattr(error, "cause", None)
             raise cause if isinstance(cause, FedsimError) else error from None
         except WEATHER as error:
+            del self.starting[ready]
             reason = " ".join(reason_of(error).split())
             if CREATION in str(error):
                 self._failed_starts += 1
@@ -132,7 +133,9 @@ class Crew:
         if not has_data:
             log.info("the embeddings aren't on node %s: they are sent to %s", worker.node, worker.name)
             self.starting[worker.actor.receive.remote(self._supply())] = worker
+            del self.starting[ready]
             return []
+        del self.starting[ready]
         self.workers.append(worker)
         if worker.replaces_s is not None:
             after = time.monotonic() - worker.replaces_s

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from clusters import MEMORY, cluster_of, environment, fedsim
+from clusters import MEMORY, ROOT, cluster_of, environment, fedsim
 
 from fedsim.cluster import shipping
 
 NAMESPACE = ["unshare", "--mount"] if hasattr(os, "geteuid") and os.geteuid() == 0 else ["unshare", "-r", "--mount"]
-HIDE = 'mount -t tmpfs none "$HIDDEN" && exec "$@"'
+HIDE = 'mount -t tmpfs none "$HIDDEN" && mount -t tmpfs none "$PACKAGE" && exec "$@"'
 SETTINGS = {
     "data.name": "synthetic",
     "data.clips_per_class": 8,
@@ -51,13 +51,15 @@ def run(folder: Path, driver: Path, *words: str, **settings: object) -> subproce
 
 @contextmanager
 def strange_node(address: str, hidden: Path, own: Path) -> Iterator[None]:
-    """Two CPUs that don't see the folder `hidden`, with another fedsim on the path, and a cache of their own."""
+    """Two CPUs that see neither the folder `hidden` nor this package, with another fedsim on the path, and a cache."""
     (own / "fedsim").mkdir(parents=True)
     (own / "fedsim" / "__init__.py").write_text("raise ImportError('this is another fedsim')\n")
     # With the head's address a driver could take it for its own node.
     command = ["ray", "start", "--address", address, "--node-ip-address", "127.0.0.2", "--num-cpus", "2", "--block"]
     command += ["--object-store-memory", str(MEMORY["object_store_memory"])]
-    env = environment(HIDDEN=str(hidden), PYTHONPATH=str(own), XDG_CACHE_HOME=str(own / "cache"))
+    env = environment(
+        HIDDEN=str(hidden), PACKAGE=str(ROOT / "fedsim"), PYTHONPATH=str(own), XDG_CACHE_HOME=str(own / "cache")
+    )
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
     words = [*NAMESPACE, "sh", "-c", HIDE, "sh", *command]
     with (own / "log").open("w") as log:
@@ -103,7 +105,7 @@ def test_code_and_embeddings_reach_a_node_that_has_neither(tmp_path, monkeypatch
     assert f"doesn't see the run directory {driver / 'refused'}" in last
     assert "Traceback" not in refused.stdout + refused.stderr
     # Without what the driver ships the node has nothing to run: the test would see it.
-    assert bare.returncode == 2
+    assert bare.returncode != 0
     assert "this is another fedsim" in bare.stdout + bare.stderr
 
 

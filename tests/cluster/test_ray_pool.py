@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from worlds import (
     run,
 )
 
-from fedsim.errors import ClientError, QuorumError, ResourceError
+from fedsim.errors import ClientError, DataError, QuorumError, ResourceError
 from fedsim.federation.blocks import BlockTrainer, make_blocks
 from fedsim.federation.experiment import RunFiles
 from fedsim.models.saved import digest
@@ -255,11 +256,26 @@ def test_actors_that_can_not_start_are_an_error_and_no_endless_wait(cluster, set
 
     server = make_server(setup)
     blocks = make_blocks(server._sample_cohort(1), 2)
-    gone = replace(setup, store_path=tmp_path / "gone")
-    pool = RayPool(gone, num_actors=1, cpus=1.0, gpus=0.0, max_attempts=3)
+    cut = tmp_path / "cut"
+    shutil.copytree(setup.store_path, cut)
+    (cut / "rows.npy").write_bytes((cut / "rows.npy").read_bytes()[:-1])
+    pool = RayPool(replace(setup, store_path=cut), num_actors=1, cpus=1.0, gpus=0.0, max_attempts=3)
     with pytest.raises(ResourceError, match=r"^client actors can't be started \(3 tries\): .*can't be read"):
         list(pool.train(blocks, Broadcast(1, 7, server.state.adapter)))
     pool.close()
+
+
+@pytest.mark.slow
+def test_a_store_that_is_gone_is_an_error_and_leaves_no_actor(cluster, setup, tmp_path):
+    from fedsim.cluster.pool import RayPool
+
+    server = make_server(setup)
+    blocks = make_blocks(server._sample_cohort(1), 2)
+    pool = RayPool(replace(setup, store_path=tmp_path / "gone"), num_actors=1, cpus=1.0, gpus=0.0, max_attempts=3)
+    with pytest.raises(DataError, match="can't be read"):
+        list(pool.train(blocks, Broadcast(1, 7, server.state.adapter)))
+    pool.close()
+    wait_for(cpus=4, gpus=2)
 
 
 @pytest.mark.slow
