@@ -36,7 +36,13 @@ def generator(kind: str) -> tuple[str, ...]:
 
 RESIDUAL_VAE = (*generator("residual_vae"), "feda2v.generator_epochs=20", "feda2v.generator_learning_rate=0.003")
 METHODS: dict[str, tuple[str, ...]] = {
-    "centralised": (*NO_SERVER_STEP, "federation.num_clients=1", "federation.partition=iid", EXTRA_EPOCHS),
+    "centralised": (
+        *NO_SERVER_STEP,
+        "federation.num_clients=1",
+        "federation.cohort_size=null",
+        "federation.partition=iid",
+        EXTRA_EPOCHS,
+    ),
     "FedAvg": NO_SERVER_STEP,
     "FedAvg, extra steps": (*NO_SERVER_STEP, EXTRA_EPOCHS),
     "FedProx, extra steps": (*NO_SERVER_STEP, EXTRA_EPOCHS, "training.proximal_weight=0.01"),
