@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -40,6 +41,14 @@ def shared_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("needs real data: set FEDSIM_DATA to a folder that holds esc10, yamnet and text_minilm")
     return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_logging() -> None:
+    """The command line takes over fedsim's log records; no test begins with what another one left."""
+    logger = logging.getLogger("fedsim")
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -17,6 +17,8 @@ import torch
 from fedsim.federation.blocks import BlockTrainer
 from fedsim.federation.setup import Setup
 from fedsim.types import Block, BlockUpdate, Broadcast, Fault
+
+POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,13 @@ def longest_first(blocks: Sequence[Block]) -> range:
     return range(len(blocks) - 1, -1, -1)
 
 
+def _patiently(future: Future[BlockUpdate]) -> BlockUpdate:
+    """Its result. A signal that the system gives to another thread doesn't end a wait, so the wait is in pieces."""
+    while not wait([future], timeout=POLL_S).done:
+        continue
+    return future.result()
+
+
 class InProcessPool:
     """Trains blocks in this process: the same code and bits as with actors.
 
@@ -88,7 +97,7 @@ class InProcessPool:
             block = blocks[position]
             ahead = self._ahead.submit(self._trainer.prepare, block, broadcast)
             work = partial(self._train, block, broadcast, ahead)
-            waiting.append(work if self._threads == 1 else self._workers.submit(work).result)
+            waiting.append(work if self._threads == 1 else partial(_patiently, self._workers.submit(work)))
             if len(waiting) > self._threads:
                 yield waiting.popleft()()
         while waiting:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from worlds import CPU, OWN_GENERATORS, SERVER_STEP, make_server, reconfigured
 
 from fedsim.federation.blocks import make_blocks
-from fedsim.federation.pool import Abandoned, InProcessPool
+from fedsim.federation.pool import Abandoned, InProcessPool, _patiently
 
 LONG = {
     "adapters": ("federation.local_epochs=5000",),
@@ -46,3 +48,26 @@ def test_blocks_under_way_end_soon(setup, what, threads):
     assert time.monotonic() - began < 5  # hundredths of a second where nobody else needs the cores
     assert isinstance(ended[-1], Abandoned)
     assert len(ended) < 4  # a client with nothing to train a generator on may have been done
+
+
+def test_a_signal_that_another_thread_takes_ends_the_wait():
+    class HeardError(Exception):
+        pass
+
+    def hear(number, frame):
+        raise HeardError
+
+    def work():
+        time.sleep(0.3)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        released.wait(20)
+
+    before, released, start = signal.signal(signal.SIGUSR1, hear), threading.Event(), time.monotonic()
+    with ThreadPoolExecutor(1) as threads:
+        try:
+            with pytest.raises(HeardError):
+                _patiently(threads.submit(work))
+            assert time.monotonic() - start < 10
+        finally:
+            released.set()
+            signal.signal(signal.SIGUSR1, before)
