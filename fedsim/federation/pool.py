@@ -73,10 +73,13 @@ class InProcessPool:
         setup: what the driver prepared.
         device: where to train.
         threads: blocks trained at a time.
+        go_on: called before every step of a block; what it raises ends the round.
     """
 
-    def __init__(self, setup: Setup, device: torch.device, *, threads: int = 1) -> None:
-        self._closed = False
+    def __init__(
+        self, setup: Setup, device: torch.device, *, threads: int = 1, go_on: Callable[[], None] | None = None
+    ) -> None:
+        self._closed, self._asked = False, go_on
         trainer = BlockTrainer(setup, device, go_on=self._go_on)
         self._idle = SimpleQueue[BlockTrainer]()
         for own in [trainer, *(trainer.twin() for _ in range(threads - 1))]:
@@ -113,6 +116,8 @@ class InProcessPool:
     def _go_on(self) -> None:
         if self._closed:
             raise Abandoned
+        if self._asked is not None:
+            self._asked()
 
     def close(self) -> None:
         """End the threads; a block under way is left at its next step."""

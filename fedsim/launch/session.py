@@ -25,7 +25,7 @@ from fedsim.federation.server import Server
 from fedsim.federation.setup import Setup
 from fedsim.federation.tracker import Tracker
 from fedsim.launch.record import Kind, begin_record, store_of
-from fedsim.launch.signals import own_handlers
+from fedsim.launch.signals import heed, own_handlers
 from fedsim.models.encoders.threads import available_cores
 from fedsim.tracking.mlflow_tracker import MlflowTracker
 from fedsim.tracking.null_tracker import NullTracker
@@ -66,6 +66,7 @@ def open_experiment(
         ConfigError: the MLflow store is no address of one, or a file that can't be used.
         ResourceError: the actors don't fit, or no Ray answers.
     """
+    heed()
     config, resources = setup.config, setup.config.resources
     files = RunFiles(
         run_dir=run_dir,
@@ -78,14 +79,19 @@ def open_experiment(
     if config.tracking.enabled:
         check_store(store_of(setup, run_dir, parent))
     tracker = _record(setup, run_dir, mlflow_run_id, parent)
+
+    def told(news: Mapping[str, Any]) -> None:
+        heed()
+        status(news)
+
     if resources.num_actors == 0:
         tracker.start()
         device = choose_device(max(resources.server_gpus, resources.client_gpus))
 
         def in_process() -> ExperimentHandle:
             threads = (resources.num_cpus or available_cores()) if device.type == "cpu" else 1
-            pool = InProcessPool(setup, device, threads=threads)
-            server = Server(setup, pool, device=device, state=state, status=status, run_dir=run_dir)
+            pool = InProcessPool(setup, device, threads=threads, go_on=heed)
+            server = Server(setup, pool, device=device, state=state, status=told, run_dir=run_dir)
             return Experiment(server, files, tracker, resumed)
 
         with one_thread(), _closing(in_process, tracker) as experiment:
@@ -101,7 +107,7 @@ def open_experiment(
     try:
         if started:
             check_fits(demand_of(setup))
-        remote = partial(RemoteExperiment, setup, files, tracker, state=state, status=status, faults=resumed)
+        remote = partial(RemoteExperiment, setup, files, tracker, state=state, status=told, faults=resumed)
         with _closing(remote, tracker) as experiment:
             yield experiment
     finally:

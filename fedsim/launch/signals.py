@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_received: list[int] = []
+"""Signals since `ended_by_signals` began."""
 
 
 @contextmanager
@@ -20,18 +22,18 @@ def ended_by_signals() -> Iterator[None]:
 
     SIGINT raises KeyboardInterrupt, SIGTERM SystemExit with code 143. A second signal ends the process at once, with
     the same codes; in an interactive session it only raises again. Signals that are ignored stay so (`nohup`,
-    background jobs of a shell).
+    background jobs of a shell). An exception that comes in the midst of a library may get lost there; `heed` finds
+    that out.
     """
     if threading.current_thread() is not threading.main_thread():  # signals aren't ours
         yield
         return
-    received: list[int] = []
 
     def stop(number: int, frame: object) -> None:
-        received.append(number)
-        if len(received) > 1 and not hasattr(sys, "ps1"):
+        _received.append(number)
+        if len(_received) > 1 and not hasattr(sys, "ps1"):
             os.write(2, b"stopped at once\n")
-            os._exit(128 + received[0])
+            os._exit(128 + _received[0])
         raise _exception(number)
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -41,14 +43,21 @@ def ended_by_signals() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not received:
+        if not _received:
             raise
         if not isinstance(error, KeyboardInterrupt | SystemExit):
             log.warning("while stopping: %s", " ".join(f"{type(error).__name__}: {error}".split())[:500])
-        raise _exception(received[0]) from None  # Ray's waiting calls turn every exit code into 1
+        raise _exception(_received[0]) from None  # Ray's waiting calls turn every exit code into 1
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _received.clear()
+
+
+def heed() -> None:
+    """Raise a signal's exception again if something swallowed it; called wherever a run goes on to its next piece."""
+    if _received:
+        raise _exception(_received[0])
 
 
 def _exception(number: int) -> BaseException:

@@ -24,7 +24,7 @@ from fedsim.federation.run_directory import write_text
 from fedsim.federation.setup import Setup
 from fedsim.federation.setup import prepare as prepare_quietly
 from fedsim.launch.auto import settle
-from fedsim.launch.signals import ended_by_signals
+from fedsim.launch.signals import ended_by_signals, heed
 from fedsim.search.display import SearchDisplay
 from fedsim.search.parent import ParentRun
 from fedsim.search.records import SearchRecord, TrialRecord, write_search
@@ -81,6 +81,7 @@ def run_search(
             config = setup.config
             write_text(search_dir / "config.yaml", resolved_yaml(config))
             _check_fits(config)
+        heed()
         plan = TrialPlan(config, setup, search_dir / "trials", None)
         run.start(plan.setup, search_dir)
         record = _fit(replace(plan, parent=run.handle), search_dir, console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -187,6 +188,32 @@ def test_a_signal_before_the_first_round_leaves_nothing(tmp_path):
     assert process.returncode == 143, out + err
     assert "warning: stopped before a round was finished: nothing is kept" in out.splitlines()
     assert not (tmp_path / "run").exists()
+
+
+class Swallowing(logging.Handler):
+    """A library that catches everything, in whose midst a signal comes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if "held out" in record.getMessage():
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(1)
+        except:  # noqa: E722
+            self.swallowed = True
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_signal_that_a_library_swallows_still_ends_the_run(tmp_path, threads):
+    library, logger = Swallowing(), logging.getLogger("fedsim")
+    logger.handlers = [library]
+    logger.setLevel(logging.INFO)
+    config = tiny_config("federation.local_epochs=1000000", f"resources.num_cpus={threads}")
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as error:
+        session.run(config, output=tmp_path / "run")
+    assert (error.value.code, library.swallowed) == (143, True)
+    assert not (tmp_path / "run").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.slow
