@@ -288,6 +288,13 @@ GENERATOR = {"use_generator": True, "global_model_train": True}
     [
         ({"federation": {"num_clients": 5, "cohort_size": 6}}, ["cohort_size is 6", "num_clients is 5"]),
         ({"federation": {"cohort_size": 3}, "nodes": {"a": {}, "b": {}}}, ["cohort_size is 3", "nodes lists 2"]),
+        ({"resources": {"client_actors": 0, "more_actors": {"big": {}}}}, ["resources.client_actors, which is 0"]),
+        ({"resources": {"client_actors": "auto", "more_actors": {"big": {}}}}, ["which is auto: give a number"]),
+        ({"resources": {"more_actors": {"client": {}}}}, ["'client' can't name a kind"]),
+        ({"resources": {"more_actors": {"b-g": {}}}}, ["'b-g' can't name a kind"]),
+        ({"resources": {"more_actors": {"big": {"gpus": 0.5}}}}, ["more_actors.big.gpus is 0.5", "client_gpus is 0"]),
+        ({"resources": {"more_actors": {"big": {"labels": {"a b": "c"}}}}}, ["big.labels: a b=c is no label"]),
+        ({"resources": {"more_actors": {"big": {"labels": {"a": "!c"}}}}}, ["big.labels: a=!c is no label"]),
         ({"federation": {"partition": "by_column"}}, ["by_column", "federation.column"]),
         (
             {

@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,23 @@ log = logging.getLogger(__name__)
 Supply = Callable[[], list[Any]]
 MAX_FAILED_STARTS = 3
 NODE_LABEL = "ray.io/node-id"
+
+
+@dataclass(frozen=True)
+class Post:
+    """A place in the crew, for one actor at a time.
+
+    Attributes:
+        kind: name of its kind; with a number after it, the name of whoever is there.
+        remote_class: the actor class; its `ready` says (node id, address, process id, whether it has its data).
+        arguments: of its constructor.
+        options: Ray's, of the actor; `label_selector` is what its node must have.
+    """
+
+    kind: str
+    remote_class: Any
+    arguments: tuple[Any, ...]
+    options: Mapping[str, Any]
 
 
 @dataclass(eq=False)
@@ -71,38 +88,35 @@ class Worker:
 
 
 class Crew:
-    """Keeps a number of actors up.
+    """Keeps an actor up at each post.
 
     Args:
-        remote_class: the actor class with its options; its `ready` says (node id, address, process id, whether it has
-            its data).
-        arguments: of its constructor.
+        posts: where actors are wanted.
         supply: makes the message that brings its data to an actor that has none.
-        num_actors: how many.
         max_deaths: an actor that dies so often in a row, without training a block in between, isn't started on the node
             of its last death again, and neither is any other.
     """
 
-    def __init__(
-        self, remote_class: Any, arguments: tuple[Any, ...], *, supply: Supply, num_actors: int, max_deaths: int
-    ) -> None:
-        self._remote_class, self._arguments = remote_class, arguments
+    def __init__(self, posts: Sequence[Post], *, supply: Supply, max_deaths: int) -> None:
         self._supply, self._max_deaths = supply, max_deaths
         self.workers: list[Worker] = []
         self.starting: dict[Any, Worker] = {}
         self._quarantined: set[str] = set()
         self._failed_starts = 0
-        for number in range(num_actors):
-            self._spawn(f"client-{number}", deaths=0)
+        self._posts = {f"{post.kind}-{number}": post for number, post in enumerate(posts)}
+        for name in self._posts:
+            self._spawn(name, deaths=0)
 
     def __len__(self) -> int:
         return len(self.workers) + len(self.starting)
 
     def _spawn(self, name: str, deaths: int, since: float | None = None) -> None:
-        options = self._remote_class
+        post = self._posts[name]
+        options = dict(post.options)
         if self._quarantined:
-            options = options.options(label_selector={NODE_LABEL: f"!in({','.join(sorted(self._quarantined))})"})
-        actor = options.remote(*self._arguments)
+            others = {NODE_LABEL: f"!in({','.join(sorted(self._quarantined))})"}
+            options["label_selector"] = options.get("label_selector", {}) | others
+        actor = post.remote_class.options(**options).remote(*post.arguments)
         self.starting[actor.ready.remote()] = Worker(actor, name=name, deaths=deaths, replaces_s=since)
 
     def started(self, ready: Any, round_number: int) -> list[Fault]:

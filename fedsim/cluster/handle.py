@@ -216,10 +216,4 @@ class RemoteExperiment:
 def demand_of(setup: Setup) -> Demand:
     """What the configuration asks of Ray."""
     resources = setup.config.resources
-    return Demand(
-        client_actors=resources.num_actors,
-        client_cpus=resources.client_cpus,
-        client_gpus=resources.client_gpus,
-        server_cpus=resources.server_cpus,
-        server_gpus=resources.server_gpus,
-    )
+    return Demand(resources.actor_kinds(), server_cpus=resources.server_cpus, server_gpus=resources.server_gpus)

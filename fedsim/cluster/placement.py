@@ -16,6 +16,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from fedsim.cluster.resources import ACTOR_ENVIRONMENT, described_nodes
+from fedsim.config.schema import ActorKind
 from fedsim.errors import ResourceError
 
 log = logging.getLogger(__name__)
@@ -79,10 +80,17 @@ class ServerPlace:
         self._group = None
 
 
-def client_options(*, cpus: float, gpus: float, placement: Literal["pack", "spread"]) -> dict[str, Any]:
+def client_options(kind: ActorKind, placement: Literal["pack", "spread"]) -> dict[str, Any]:
     """Ray's options of client actors: what each takes, and where they go, unless a trial's placement group decides."""
     environment = {"env_vars": ACTOR_ENVIRONMENT}
-    options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "runtime_env": environment}
+    options: dict[str, Any] = {
+        "num_cpus": kind.cpus,
+        "num_gpus": kind.gpus,
+        "max_restarts": 0,
+        "runtime_env": environment,
+    }
+    if kind.labels:
+        options["label_selector"] = dict(kind.labels)
     if ray.get_runtime_context().should_capture_child_tasks_in_placement_group:
         return options
     return options | {"scheduling_strategy": {"pack": "DEFAULT", "spread": "SPREAD"}[placement]}

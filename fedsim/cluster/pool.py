@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +19,13 @@ from ray.exceptions import RayTaskError
 
 from fedsim.algorithms.batches import num_batches
 from fedsim.cluster.client_actor import ClientActor
-from fedsim.cluster.crew import Crew, Worker
+from fedsim.cluster.crew import Crew, Post, Worker
 from fedsim.cluster.deadlines import Deadlines
 from fedsim.cluster.faults import WEATHER, plain
 from fedsim.cluster.placement import client_options
 from fedsim.cluster.shipping import StoreSupply, portable
 from fedsim.cluster.wire import pack_block, pack_broadcast, unpack_update
+from fedsim.config.schema import ActorKind
 from fedsim.errors import ClientError, FedsimError, ResourceError
 from fedsim.federation.pool import LostBlock, longest_first
 from fedsim.federation.setup import Setup
@@ -96,19 +97,20 @@ class RayPool:
 
     Args:
         setup: what the driver prepared; put in the object store once.
-        num_actors: how many.
-        cpus, gpus: of each.
+        kinds: the client actors by the name of their kind.
         max_attempts: times a block is tried before its clients are lost.
     """
 
-    def __init__(self, setup: Setup, *, num_actors: int, cpus: float, gpus: float, max_attempts: int) -> None:
+    def __init__(self, setup: Setup, kinds: Mapping[str, ActorKind], *, max_attempts: int) -> None:
         self._setup, self._max_attempts = setup, max_attempts
         self._deadlines = Deadlines(setup.config.resources.block_timeout)
-        options = client_options(cpus=cpus, gpus=gpus, placement=setup.config.resources.placement)
-        remote_class = ray.remote(ClientActor).options(max_concurrency=BLOCKS_IN_FLIGHT, **options)
+        remote_class, reference = ray.remote(ClientActor), ray.put(portable(setup))
+        posts = []
+        for name, kind in kinds.items():
+            options = client_options(kind, setup.config.resources.placement) | {"max_concurrency": BLOCKS_IN_FLIGHT}
+            posts += [Post(name, remote_class, (reference, kind.gpus), options)] * kind.actors
         # One more than a block's attempts: a block that kills its actors is lost before a node is blamed for it.
-        arguments, supply, deaths = (ray.put(portable(setup)), gpus), StoreSupply(setup).message, max_attempts + 1
-        self.crew = Crew(remote_class, arguments, supply=supply, num_actors=num_actors, max_deaths=deaths)
+        self.crew = Crew(posts, supply=StoreSupply(setup).message, max_deaths=max_attempts + 1)
         self._last_up = time.monotonic()
 
     def train(self, blocks: Sequence[Block], broadcast: Broadcast) -> Iterator[Answer]:

@@ -8,11 +8,13 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
 from fedsim.cluster.ray_folder import RayFolder, make_ray_folder, remove_dead_folders
 from fedsim.cluster.shipping import code_for_nodes
+from fedsim.config.schema import PLAIN_ACTORS, ActorKind
 from fedsim.errors import ResourceError
 from fedsim.machine import memory_limit, usable_memory, whole_cores
 
@@ -30,27 +32,30 @@ ACTOR_ENVIRONMENT = {
 }
 
 
+Bundle = dict[str, Any]
+"""CPU and GPU in numbers, and labels: what an actor takes, or what is free on a node."""
+
+
 @dataclass(frozen=True)
 class Demand:
-    """CPUs and GPUs of one server actor and of `client_actors` client actors.
+    """CPUs and GPUs of one server actor and of all client actors.
 
     Attributes:
-        client_actors: how many client actors.
-        client_cpus, client_gpus: of each of them.
+        kinds: the client actors by the name of their kind.
         server_cpus, server_gpus: of the server actor.
     """
 
-    client_actors: int
-    client_cpus: float
-    client_gpus: float
+    kinds: Mapping[str, ActorKind]
     server_cpus: float
     server_gpus: float
 
-    def bundles(self) -> list[dict[str, float]]:
-        """Resources of every actor, the server first."""
-        server = {"CPU": self.server_cpus, "GPU": self.server_gpus}
-        client = {"CPU": self.client_cpus, "GPU": self.client_gpus}
-        return [server, *[client] * self.client_actors]
+    def bundles(self) -> list[Bundle]:
+        """Resources of every actor, the server first; `labels` where its node must have some."""
+        found: list[Bundle] = [{"CPU": self.server_cpus, "GPU": self.server_gpus}]
+        for kind in self.kinds.values():
+            bundle: Bundle = {"CPU": kind.cpus, "GPU": kind.gpus}
+            found += [bundle | {"labels": kind.labels} if kind.labels else bundle] * kind.actors
+        return found
 
 
 @dataclass(frozen=True)
@@ -175,43 +180,50 @@ def cluster_resources() -> Mapping[str, float]:
     return {name: float(ray.cluster_resources().get(name, 0.0)) for name in ("CPU", "GPU")}
 
 
-def free_by_node() -> dict[str, dict[str, float]]:
-    """CPUs and GPUs that are free, by the nodes' names for people."""
+def free_by_node() -> dict[str, Bundle]:
+    """CPUs and GPUs that are free, and labels, by the nodes' names for people."""
     available = ray._private.state.available_resources_per_node()
     return {
         f"{node['NodeManagerHostname']} {node['NodeManagerAddress']} ({node['NodeID'][:8]})": {
-            name: float(available.get(node["NodeID"], {}).get(name, 0.0)) for name in ("CPU", "GPU")
+            "CPU": float(available.get(node["NodeID"], {}).get("CPU", 0.0)),
+            "GPU": float(available.get(node["NodeID"], {}).get("GPU", 0.0)),
+            "labels": node["Labels"],
         }
         for node in ray.nodes()
         if node["Alive"]
     }
 
 
-def described_nodes(free: Mapping[str, Mapping[str, float]] | None = None) -> str:
+def described_nodes(free: Mapping[str, Bundle] | None = None) -> str:
     """What every node has free, in one line."""
     free = free_by_node() if free is None else free
-    shown = [f"{_describe(resources)} on {name}" for name, resources in free.items()]
+    shown = [f"{resources['CPU']:g} CPU, {resources['GPU']:g} GPU on {name}" for name, resources in free.items()]
     more = f"; and {len(shown) - NODES_SHOWN} more nodes" if len(shown) > NODES_SHOWN else ""
     return "; ".join(shown[:NODES_SHOWN]) + more or "no nodes"
 
 
 def _sum(demand: Demand, resource: str) -> str:
-    server, client = (
-        (demand.server_cpus, demand.client_cpus) if resource == "CPU" else (demand.server_gpus, demand.client_gpus)
-    )
-    return f"server {server:g} + {demand.client_actors} clients x {client:g}"
+    parts = [f"server {demand.server_cpus if resource == 'CPU' else demand.server_gpus:g}"]
+    for name, kind in demand.kinds.items():
+        named = "clients" if name == PLAIN_ACTORS else name
+        parts.append(f"{kind.actors} {named} x {kind.cpus if resource == 'CPU' else kind.gpus:g}")
+    return " + ".join(parts)
 
 
-def _describe(bundle: Mapping[str, float]) -> str:
-    return f"{bundle['CPU']:g} CPU, {bundle['GPU']:g} GPU"
+def _describe(bundle: Bundle) -> str:
+    labels = ", ".join(f"{name}={value}" for name, value in bundle.get("labels", {}).items())
+    return f"{bundle['CPU']:g} CPU, {bundle['GPU']:g} GPU{labels and f' with {labels}'}"
 
 
-def place(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> Mapping[str, float] | None:
+def place(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> Bundle | None:
     """First-fit placement on nodes of free resources; returns the first bundle that finds no place, or None."""
     cpus = [node["CPU"] for node in nodes]
     gpus = [[1.0] * int(node["GPU"]) + [node["GPU"] % 1] * (node["GPU"] % 1 > 0) for node in nodes]
-    for bundle in sorted(bundles, key=lambda b: (-b["GPU"], -b["CPU"])):
+    # Those that can't go everywhere choose first, then the large ones.
+    for bundle in sorted(bundles, key=lambda b: ("labels" not in b, -b["GPU"], -b["CPU"])):
         for node in range(len(nodes)):
+            if not bundle.get("labels", {}).items() <= nodes[node].get("labels", {}).items():
+                continue
             slots = _gpu_slots(gpus[node], bundle["GPU"])
             if cpus[node] + 1e-6 >= bundle["CPU"] and slots is not None:
                 cpus[node] -= bundle["CPU"]

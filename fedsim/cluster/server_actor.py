@@ -55,13 +55,7 @@ class ServerActor:
     ) -> Experiment:
         check_server_sees(setup, files.run_dir)
         resources, setup = setup.config.resources, with_store_here(setup) or setup
-        pool = RayPool(
-            setup,
-            num_actors=resources.num_actors,
-            cpus=resources.client_cpus,
-            gpus=resources.client_gpus,
-            max_attempts=resources.max_attempts,
-        )
+        pool = RayPool(setup, resources.actor_kinds(), max_attempts=resources.max_attempts)
         device = choose_device(gpus)
         server = Server(setup, pool, device=device, state=state, status=self._set_status, run_dir=files.run_dir)
         tracker.start()

@@ -9,7 +9,7 @@ from typing import get_args
 
 from fedsim.config.keys import find_key, suggestion
 from fedsim.config.method_checks import LEARNT, VAES, check_methods
-from fedsim.config.schema import Config, Data, FedA2V, Privacy, SearchRange
+from fedsim.config.schema import PLAIN_ACTORS, Config, Data, FedA2V, Privacy, Resources, SearchRange
 from fedsim.errors import ConfigError
 
 EFFECTIVE = {
@@ -21,6 +21,7 @@ EFFECTIVE = {
     "generator_ema": LEARNT,
 }
 """Kinds of generators that a key is for."""
+_LABEL = r"[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?"
 DATASETS: tuple[str, ...] = get_args(Data.model_fields["name"].annotation)
 
 
@@ -37,6 +38,7 @@ def check_config(config: Config) -> list[str]:
     _check_nodes(config)
     _check_name(config.experiment.name)
     _check_model(config)
+    _check_actors(config.resources)
     check_methods(config)
     for name, searched in config.search.space.items():
         _check_range(name, searched)
@@ -108,6 +110,30 @@ def _check_name(name: str) -> None:
     """The experiment's name becomes a folder's name."""
     if name.startswith(".") or any(mark in name for mark in "/\\"):
         raise ConfigError(f"experiment.name is {name!r}; it names a folder, so no / or \\ and no . at its start")
+
+
+def _check_actors(resources: Resources) -> None:
+    """Further kinds of client actors."""
+    kinds = resources.more_actors
+    if kinds and resources.client_actors in (0, "auto"):
+        raise ConfigError(
+            f"resources.more_actors adds to resources.client_actors, which is {resources.client_actors}: give a number"
+        )
+    for name, kind in kinds.items():
+        where = f"resources.more_actors.{name}"
+        if name == PLAIN_ACTORS or not re.fullmatch(r"[A-Za-z]\w*", name):
+            raise ConfigError(f"resources.more_actors: {name!r} can't name a kind: letters, digits and _, not 'client'")
+        if (kind.gpus > 0) != (resources.client_gpus > 0):
+            # Sums on a GPU end in other bits: the result would depend on who trained what.
+            raise ConfigError(
+                f"{where}.gpus is {kind.gpus:g} but resources.client_gpus is {resources.client_gpus:g}: "
+                "either all client actors have GPUs or none"
+            )
+        for label, value in kind.labels.items():
+            if not re.fullmatch(rf"([a-z0-9.-]+/)?{_LABEL}", label) or not re.fullmatch(_LABEL, value):
+                raise ConfigError(
+                    f"{where}.labels: {label}={value} is no label of Ray, such as ray.io/market-type=spot"
+                )
 
 
 def _check_model(config: Config) -> None:

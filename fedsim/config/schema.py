@@ -439,6 +439,21 @@ class Privacy(Section):
         return self.noise_multiplier > 0 or self.target_epsilon is not None
 
 
+PLAIN_ACTORS = "client"
+"""The kind of those that `resources.client_actors` counts."""
+
+
+class ActorKind(Section):
+    """Client actors of one shape."""
+
+    actors: int = key(1, "client actors of this shape", "actors", ge=1)
+    cpus: float = key(1.0, "CPUs of each", "CPUs", ge=0)
+    gpus: float = key(0.0, "GPUs of each; a fraction shares one", "GPUs", ge=0)
+    labels: dict[str, str] = key(
+        {}, "Ray labels that their nodes must have (e.g. {ray.io/accelerator-type: H100}); default: any node"
+    )
+
+
 class Resources(Section):
     """Ray actors and what each may use."""
 
@@ -451,6 +466,9 @@ class Resources(Section):
     client_gpus: float = key(0.0, "GPUs of a client actor; a fraction shares one", "GPUs", ge=0)
     server_cpus: float = key(0.0, "CPUs of the server actor (it waits while clients train)", "CPUs", ge=0)
     server_gpus: float = key(0.0, "GPUs of the server actor", "GPUs", ge=0)
+    more_actors: dict[str, ActorKind] = key(
+        {}, "further client actors by name, for nodes that differ (e.g. {big: {actors: 2, cpus: 4}})"
+    )
     block_size: Annotated[int, Field(ge=1)] | Literal["auto"] = key(
         "auto",
         "clients handed to an actor at once, a power of two; it fixes the order of summation; auto chooses by cohort, "
@@ -483,6 +501,13 @@ class Resources(Section):
             ConfigError: it is still auto.
         """
         return _settled("client_actors", self.client_actors)
+
+    def actor_kinds(self) -> dict[str, ActorKind]:
+        """All client actors by the name of their kind, those of `client_actors` first, as `client`."""
+        if not self.num_actors:
+            return {}
+        plain = ActorKind(actors=self.num_actors, cpus=self.client_cpus, gpus=self.client_gpus)
+        return {PLAIN_ACTORS: plain, **self.more_actors}
 
     @property
     def clients_per_block(self) -> int:

@@ -32,6 +32,8 @@ def check_search(config: Config) -> None:
     """
     check_config(config)
     space = config.search.space
+    if any(kind.labels for kind in config.resources.more_actors.values()):
+        raise ConfigError("resources.more_actors: a search places each trial as a whole, so no labels can be asked for")
     if not space:
         raise ConfigError(
             "search.space is empty: name keys to search, e.g. "

@@ -122,9 +122,7 @@ def trial_demand(config: Config) -> Demand:
     resources = config.resources
     alone = resources.num_actors == 0
     return Demand(
-        client_actors=resources.num_actors,
-        client_cpus=resources.client_cpus,
-        client_gpus=resources.client_gpus,
+        resources.actor_kinds(),
         server_cpus=max(resources.server_cpus, resources.client_cpus) if alone else resources.server_cpus,
         server_gpus=max(resources.server_gpus, resources.client_gpus) if alone else resources.server_gpus,
     )

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import psutil
 import ray
+from ray.exceptions import RayActorError
 from worlds import SERVER_STEP, make_server, tiny_config
 
 from fedsim.cluster.crew import Crew
 from fedsim.cluster.handle import RemoteExperiment
 from fedsim.cluster.pool import RayPool
 from fedsim.cluster.resources import start_ray
+from fedsim.config.schema import ActorKind
 from fedsim.errors import ResourceError
 from fedsim.federation.experiment import RunFiles
 from fedsim.federation.setup import Setup, prepare
@@ -34,7 +36,7 @@ def all_up(crew: Crew) -> None:
 
 def clients(setup: Setup) -> dict[str, object]:
     """Two actors: their nodes, and the digest after a round."""
-    pool = RayPool(setup, num_actors=2, cpus=1, gpus=0, max_attempts=3)
+    pool = RayPool(setup, {"client": ActorKind(actors=2)}, max_attempts=3)
     all_up(pool.crew)
     nodes = sorted(worker.node_id for worker in pool.crew.workers)
     server = make_server(setup, pool=pool)
@@ -42,6 +44,48 @@ def clients(setup: Setup) -> dict[str, object]:
     server.run_round()
     pool.close()
     return {"nodes": nodes, "digest": digest(server.state.adapter)}
+
+
+def kinds(setup: Setup) -> dict[str, object]:
+    """Two small actors and a big one, which is killed after a round: where they were, and the digest of two."""
+    pool = RayPool(setup, setup.config.resources.actor_kinds(), max_attempts=3)
+    all_up(pool.crew)
+    server, found = make_server(setup, pool=pool), {}
+    for _ in range(2):
+        result = server.run_round()
+        all_up(pool.crew)
+        found = {worker.name: (worker.node_id, worker.pid) for worker in pool.crew.workers}
+        if result.round_number == 1:
+            before = found
+            os.kill(found["big-2"][1], signal.SIGKILL)
+    labels = {node["NodeID"]: node["Labels"].get("size") for node in ray.nodes()}
+    pool.close()
+    return {
+        "sizes": {name: labels[node] for name, (node, _) in found.items()},
+        "replaced": found["big-2"] != before["big-2"],
+        "digest": digest(server.state.adapter),
+    }
+
+
+def quarantine(setup: Setup) -> dict[str, object]:
+    """An actor that dies each time: where, what is told, and where the next one is."""
+    pool = RayPool(setup, {"client": ActorKind(actors=1)}, max_attempts=1)
+    faults, nodes = [], []
+    for _ in range(3):
+        all_up(pool.crew)
+        (worker,) = pool.crew.workers
+        nodes.append(worker.node_id)
+        if len(nodes) < 3:
+            os.kill(worker.pid, signal.SIGKILL)
+            try:
+                ray.get(worker.actor.ready.remote())
+            except RayActorError as error:
+                faults += [fault.kind for fault in pool.crew.bury(worker, error, 1, None)]
+    server = make_server(setup, pool=pool)
+    server.run_round()
+    server.run_round()
+    pool.close()
+    return {"nodes": nodes, "faults": faults, "digest": digest(server.state.adapter)}
 
 
 def server(setup: Setup) -> dict[str, object]:
@@ -90,8 +134,15 @@ def moved(setup: Setup) -> dict[str, object]:
 if __name__ == "__main__":
     what, address, placement = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    gpus = ("resources.server_gpus=1",) if what != "clients" else ()
-    config = tiny_config(*SERVER_STEP, f"resources.placement={placement}", "resources.client_actors=2", *gpus)
+    more = {
+        "clients": [],
+        "quarantine": [],
+        "kinds": ["resources.more_actors.big={actors: 1, cpus: 3, labels: {size: big}}"],
+    }
+    more = more.get(what, ["resources.server_gpus=1"])
+    config = tiny_config(*SERVER_STEP, f"resources.placement={placement}", "resources.client_actors=2", *more)
     start_ray(address=address, num_cpus=None, num_gpus=None)
-    found = {"clients": clients, "server": server, "moved": moved}[what](prepare(config))
+    found = {"clients": clients, "kinds": kinds, "quarantine": quarantine, "server": server, "moved": moved}[what](
+        prepare(config)
+    )
     print(json.dumps(found))

@@ -14,6 +14,7 @@ from processes import actors
 from worlds import SERVER_STEP, make_server, numbers, reconfigured, run
 
 from fedsim.cluster.deadlines import LEAST_S, Deadlines
+from fedsim.config.schema import ActorKind
 from fedsim.errors import ResourceError
 from fedsim.federation.blocks import make_blocks
 from fedsim.models.saved import digest
@@ -43,7 +44,7 @@ def pool_of(setup, num_actors: int, *, max_attempts: int = 3):
 
     from fedsim.cluster.pool import RayPool
 
-    pool = RayPool(setup, num_actors=num_actors, cpus=1.0, gpus=0.0, max_attempts=max_attempts)
+    pool = RayPool(setup, {"client": ActorKind(actors=num_actors)}, max_attempts=max_attempts)
     try:
         ray.get(list(pool.crew.starting))
         yield pool

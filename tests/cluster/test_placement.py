@@ -22,6 +22,26 @@ def test_client_actors_are_packed_or_spread_with_one_digest():
     assert packed["digest"] == spread["digest"] == alone
 
 
+def test_actors_of_two_shapes_go_where_their_labels_say_with_one_digest():
+    alone = digest_after(prepare(tiny_config(*SERVER_STEP)), rounds=2)
+    small, big = {"num_cpus": 3, "labels": {"size": "small"}}, {"num_cpus": 3, "labels": {"size": "big"}}
+    with cluster_of(small, big) as cluster:
+        found = program("placed.py", "kinds", cluster.address, "pack")
+    assert found["sizes"] == {"client-0": "small", "client-1": "small", "big-2": "big"}
+    assert found["replaced"], "the killed one is replaced where its label is"
+    assert found["digest"] == alone
+
+
+def test_after_a_quarantine_actors_start_on_another_node():
+    alone = digest_after(prepare(tiny_config(*SERVER_STEP)), rounds=2)
+    with cluster_of({"num_cpus": 2}, {"num_cpus": 2}) as cluster:
+        found = program("placed.py", "quarantine", cluster.address, "pack")
+    *before, last = found["nodes"]
+    assert found["faults"] == ["killed", "killed", "quarantined"]
+    assert last != before[-1]
+    assert found["digest"] == alone
+
+
 def test_the_servers_gpu_stays_its_own_while_it_is_started_again():
     with cluster_of({"num_cpus": 2}, {"num_cpus": 1, "num_gpus": 1}) as cluster:
         found = program("placed.py", "server", cluster.address, "spread")

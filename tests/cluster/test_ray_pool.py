@@ -28,6 +28,7 @@ from worlds import (
     run,
 )
 
+from fedsim.config.schema import ActorKind
 from fedsim.errors import ClientError, DataError, QuorumError, ResourceError
 from fedsim.federation.blocks import BlockTrainer, make_blocks
 from fedsim.federation.experiment import RunFiles
@@ -45,7 +46,7 @@ def ray_pool(setup, num_actors: int, *, max_attempts: int = 3) -> Iterator:
 
     from fedsim.cluster.pool import RayPool
 
-    pool = RayPool(setup, num_actors=num_actors, cpus=1.0, gpus=0.0, max_attempts=max_attempts)
+    pool = RayPool(setup, {"client": ActorKind(actors=num_actors)}, max_attempts=max_attempts)
     try:
         ray.get(list(pool.crew.starting))
         yield pool
@@ -259,7 +260,7 @@ def test_actors_that_can_not_start_are_an_error_and_no_endless_wait(cluster, set
     cut = tmp_path / "cut"
     shutil.copytree(setup.store_path, cut)
     (cut / "rows.npy").write_bytes((cut / "rows.npy").read_bytes()[:-1])
-    pool = RayPool(replace(setup, store_path=cut), num_actors=1, cpus=1.0, gpus=0.0, max_attempts=3)
+    pool = RayPool(replace(setup, store_path=cut), {"client": ActorKind(actors=1)}, max_attempts=3)
     with pytest.raises(ResourceError, match=r"^client actors can't be started \(3 tries\): .*can't be read"):
         list(pool.train(blocks, Broadcast(1, 7, server.state.adapter)))
     pool.close()
@@ -271,7 +272,7 @@ def test_a_store_that_is_gone_is_an_error_and_leaves_no_actor(cluster, setup, tm
 
     server = make_server(setup)
     blocks = make_blocks(server._sample_cohort(1), 2)
-    pool = RayPool(replace(setup, store_path=tmp_path / "gone"), num_actors=1, cpus=1.0, gpus=0.0, max_attempts=3)
+    pool = RayPool(replace(setup, store_path=tmp_path / "gone"), {"client": ActorKind(actors=1)}, max_attempts=3)
     with pytest.raises(DataError, match="can't be read"):
         list(pool.train(blocks, Broadcast(1, 7, server.state.adapter)))
     pool.close()

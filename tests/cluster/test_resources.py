@@ -6,11 +6,20 @@ import pytest
 from processes import wait_for
 
 from fedsim.cluster.resources import Demand, check_fits, place
+from fedsim.config.schema import ActorKind
 from fedsim.errors import ResourceError
 
 
 def needs(cpu: float = 0.0, gpu: float = 0.0) -> dict[str, float]:
     return {"CPU": cpu, "GPU": gpu}
+
+
+def demand(actors: int, cpus: float, gpus: float, **server: float) -> Demand:
+    return Demand({"client": ActorKind(actors=actors, cpus=cpus, gpus=gpus)}, **server)
+
+
+def on(bundle: dict[str, object], **labels: str) -> dict[str, object]:
+    return bundle | {"labels": labels}
 
 
 FITS = {
@@ -23,9 +32,13 @@ FITS = {
     "on several nodes": ([needs(2)] * 3, [needs(3), needs(2), needs(2)]),
     "three thirds": ([needs(0, 1 / 3)] * 3, [needs(0, 1)]),
     "the free rest of a GPU in use": ([needs(0, 0.5)], [needs(0, 0.5)]),
+    "labels that one node has": ([needs(1), on(needs(1), disk="fast")], [needs(1), on(needs(1), disk="fast")]),
+    "labelled ones first": ([needs(2), on(needs(1), disk="fast")], [on(needs(2), disk="fast"), needs(2)]),
     "ten tenths": ([needs(0.1, 0.1)] * 10, [needs(1, 1)]),
 }
 TOO_MUCH = {
+    "no node with the label": ([on(needs(1), disk="fast")], [on(needs(9), disk="slow")], on(needs(1), disk="fast")),
+    "one of two labels": ([on(needs(1), a="1", b="2")], [on(needs(9), a="1")], on(needs(1), a="1", b="2")),
     "no node": ([needs(1)], [], needs(1)),
     "three 0.4 on one GPU": ([needs(0, 0.4)] * 3, [needs(0, 1)], needs(0, 0.4)),
     # Two GPUs hold 1.2 GPUs in sum, but a fraction lies on one of them.
@@ -55,8 +68,8 @@ def test_placing_changes_no_argument():
 
 
 def test_a_demand_is_a_server_and_its_clients():
-    demand = Demand(client_actors=2, client_cpus=1.0, client_gpus=0.25, server_cpus=0.0, server_gpus=1.0)
-    assert demand.bundles() == [needs(0, 1), needs(1, 0.25), needs(1, 0.25)]
+    two = demand(2, 1.0, 0.25, server_cpus=0.0, server_gpus=1.0)
+    assert two.bundles() == [needs(0, 1), needs(1, 0.25), needs(1, 0.25)]
 
 
 @pytest.mark.ray
@@ -64,11 +77,11 @@ class TestOnFourCpusAndTwoGpus:
     """The session's Ray, all of it free."""
 
     def test_what_fits_is_let_through(self, cluster):
-        check_fits(Demand(client_actors=4, client_cpus=1.0, client_gpus=0.25, server_cpus=0.0, server_gpus=1.0))
+        check_fits(demand(4, 1.0, 0.25, server_cpus=0.0, server_gpus=1.0))
 
     def test_too_many_gpus_are_refused_with_both_numbers(self, cluster):
         with pytest.raises(ResourceError) as caught:
-            check_fits(Demand(client_actors=9, client_cpus=0.1, client_gpus=0.25, server_cpus=0.0, server_gpus=1.0))
+            check_fits(demand(9, 0.1, 0.25, server_cpus=0.0, server_gpus=1.0))
         assert str(caught.value) == (
             "the actors ask for 3.25 GPUs (server 1 + 9 clients x 0.25) but Ray has 2 free; "
             "lower resources.client_actors, client_gpus or server_gpus, or join a larger cluster with --address"
@@ -76,12 +89,12 @@ class TestOnFourCpusAndTwoGpus:
 
     def test_too_many_cpus_are_refused_with_both_numbers(self, cluster):
         with pytest.raises(ResourceError, match=r"ask for 6 CPUs \(server 1 \+ 5 clients x 1\) but Ray has 4 free"):
-            check_fits(Demand(client_actors=5, client_cpus=1.0, client_gpus=0.0, server_cpus=1.0, server_gpus=0.0))
+            check_fits(demand(5, 1.0, 0.0, server_cpus=1.0, server_gpus=0.0))
 
     def test_fractions_that_no_gpu_holds_are_refused(self, cluster):
         # 1.8 of 2 GPUs in sum, but three times 0.6 needs three GPUs.
         with pytest.raises(ResourceError, match=r"no node can hold an actor of 1 CPU, 0\.6 GPU beside the others"):
-            check_fits(Demand(client_actors=3, client_cpus=1.0, client_gpus=0.6, server_cpus=0.0, server_gpus=0.0))
+            check_fits(demand(3, 1.0, 0.6, server_cpus=0.0, server_gpus=0.0))
 
     def test_what_others_hold_is_not_free(self, cluster):
         import ray
@@ -95,6 +108,6 @@ class TestOnFourCpusAndTwoGpus:
         try:
             wait_for(cpus=1, gpus=1.5)
             with pytest.raises(ResourceError, match="but Ray has 1 free"):
-                check_fits(Demand(client_actors=2, client_cpus=1.0, client_gpus=0.0, server_cpus=0.0, server_gpus=0.0))
+                check_fits(demand(2, 1.0, 0.0, server_cpus=0.0, server_gpus=0.0))
         finally:
             ray.kill(holder)

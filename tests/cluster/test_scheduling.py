@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from worlds import CPU, SERVER_STEP, digest_after, make_server, reconfigured
 
+from fedsim.config.schema import ActorKind
 from fedsim.federation.blocks import make_blocks
 from fedsim.federation.pool import InProcessPool, LostBlock, longest_first
 from fedsim.models.saved import digest
@@ -149,7 +150,7 @@ def test_only_the_block_that_trained_uses_up_attempts(cluster, setup, monkeypatc
     one = reconfigured(setup, *SERVER_STEP, "resources.block_size=1")
     server = make_server(one)
     blocks = make_blocks(server._sample_cohort(1), 1)
-    pool = ray_side.RayPool(one, num_actors=1, cpus=1.0, gpus=0.0, max_attempts=2)
+    pool = ray_side.RayPool(one, {"client": ActorKind(actors=1)}, max_attempts=2)
     try:
         answers = list(pool.train(blocks, server._broadcast(1)))
     finally:
@@ -170,7 +171,7 @@ def test_nothing_of_a_round_stays_in_the_object_store(cluster, setup):
 
     many = reconfigured(setup, *SERVER_STEP, "resources.block_size=1", "federation.global_rounds=20")
     before = _stored()
-    pool = RayPool(many, num_actors=2, cpus=1.0, gpus=0.0, max_attempts=3)
+    pool = RayPool(many, {"client": ActorKind(actors=2)}, max_attempts=3)
     try:
         server = make_server(many, pool=pool)
         for _ in range(20):
