@@ -40,10 +40,7 @@ KNOWN, MOST = leaves(), 5
 def _quiet(monkeypatch):
     """No data sets but the synthesised one, and no warnings on the screen."""
     monkeypatch.delenv("FEDSIM_DATA", raising=False)
-    before = logging.getLogger("fedsim").level
     logging.getLogger("fedsim").setLevel(logging.CRITICAL + 1)
-    yield
-    logging.getLogger("fedsim").setLevel(before)
 
 
 def generated(number: int) -> Any:

@@ -91,7 +91,7 @@ class Experiment:
         server: runs rounds.
         files: the run directory and what belongs to it.
         tracker: records numbers and artifacts.
-        faults: what broke before; recorded with the first round that is.
+        faults: what broke before; recorded with its round, or the first one after it.
     """
 
     def __init__(self, server: Server, files: RunFiles, tracker: Tracker, faults: Sequence[Fault] = ()) -> None:
@@ -118,8 +118,10 @@ class Experiment:
             if self._stopped:
                 raise RuntimeError("the run was stopped while this round was under way")
             if result.round_number > files.recorded:
-                result, self._faults = replace(result, faults=tuple(self._faults)), []
-                append_round(files.run_dir, result)
+                due = tuple(fault for fault in self._faults if fault.round_number <= result.round_number)
+                self._faults = [fault for fault in self._faults if fault.round_number > result.round_number]
+                result = replace(result, faults=due)
+                append_round(files.run_dir, result, self._faults)
             self._recorded = self._server.state
             self._tracker.log_round(result)
             self._top1[result.round_number] = result.metrics.get("eval/top1")

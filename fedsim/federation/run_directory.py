@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -150,13 +150,19 @@ def round_record(result: RoundResult) -> dict[str, Any]:
     }
 
 
-def append_round(run_dir: Path, result: RoundResult) -> None:
-    """Add one object to metrics.jsonl, see `round_record`; faults of repeated rounds are among its own by now."""
+def append_round(run_dir: Path, result: RoundResult, later: Sequence[Fault] = ()) -> None:
+    """Add one object to metrics.jsonl, see `round_record`.
+
+    Args:
+        run_dir: the run directory.
+        result: of the round; what broke in it before a resume repeated it is among its faults by now.
+        later: what broke in rounds that are still to be repeated.
+    """
     with (run_dir / "metrics.jsonl").open("a") as stream:
         stream.write(json.dumps(round_record(result)) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
-    (run_dir / REPEATED).unlink(missing_ok=True)
+    _note(run_dir, [fault_record(fault) for fault in later])
 
 
 def read_history(run_dir: Path, *, up_to: int | None = None) -> list[dict[str, Any]]:
@@ -210,12 +216,17 @@ def keep_rounds(run_dir: Path, *, up_to: int) -> None:
     dropped = _repeated(run_dir) + [f for record in history if record["round"] > up_to for f in _faults_of(record)]
     # Once each: who noted or recorded them may have died before the other was deleted.
     missing = [fault for number, fault in enumerate(dropped) if fault not in told + dropped[:number]]
-    if missing:
-        write_text(run_dir / REPEATED, json.dumps(missing, indent=2) + "\n")
-    else:
-        (run_dir / REPEATED).unlink(missing_ok=True)
+    _note(run_dir, missing)
     text = "".join(json.dumps(record) + "\n" for record in kept)
     write_text(run_dir / "metrics.jsonl", text)
+
+
+def _note(run_dir: Path, faults: Sequence[Any]) -> None:
+    """Write down what broke in rounds that aren't repeated yet."""
+    if faults:
+        write_text(run_dir / REPEATED, json.dumps(faults, indent=2) + "\n")
+    else:
+        (run_dir / REPEATED).unlink(missing_ok=True)
 
 
 def _faults_of(record: Mapping[str, Any]) -> list[Any]:

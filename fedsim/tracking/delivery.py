@@ -194,9 +194,12 @@ class Delivery:
         from mlflow.entities import Metric
 
         number, timestamp = record["round"], int(record.get("time", 0.0) * 1000)
-        if number <= self._last:
-            return []
         values = record_metrics(record)
+        if number <= self._last:
+            # A round that a resume repeated: what broke since its first delivery is new.
+            values = {name: value for name, value in values.items() if name.startswith("faults/")}
+            return [Metric(name, value, timestamp, number) for name, value in values.items()
+                    if not self._has(name, number)]  # fmt: skip
         # Half of a round that fills more than a batch may be there, with the times of a first attempt before a resume.
         half = len(values) > METRICS_PER_BATCH and number == self._found + 1
         return [
@@ -215,7 +218,7 @@ class Delivery:
         for start in range(0, len(batch), METRICS_PER_BATCH):
             self._client.log_batch(self._run_id, metrics=batch[start : start + METRICS_PER_BATCH])
             self.progress += 1
-        self._last = batch[-1].step
+        self._last = max(self._last, batch[-1].step)
         self._save(last_round=self._last)
 
     def _finish(self, end: RunEnd) -> None:

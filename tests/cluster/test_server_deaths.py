@@ -19,7 +19,8 @@ from fedsim.models.saved import digest
 from fedsim.tracking.null_tracker import NullTracker
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos]
-LONG = (*SERVER_STEP, "federation.local_epochs=30", "resources.client_actors=2")
+LONG = (*SERVER_STEP, "federation.local_epochs=200", "resources.client_actors=2")
+"""Rounds of more than a second, twice as long as the driver takes between two looks at the server."""
 
 
 def remote(setup, run_dir, *, every: int = 9, status=lambda _: None) -> RemoteExperiment:

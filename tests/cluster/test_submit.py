@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,11 @@ def test_a_submitted_run_ends_with_the_digest_of_the_run_here_and_is_resumed(tmp
             *few,
         ]
         env = environment(RAY_API_SERVER_ADDRESS=url, PATH=path)
+        end = time.monotonic() + 90  # until the head's agent, which starts jobs, has come up too
         job = subprocess.run(words, env=env, capture_output=True, text=True, timeout=150)
+        while "No available agent" in job.stderr and time.monotonic() < end:
+            time.sleep(2)
+            job = subprocess.run(words, env=env, capture_output=True, text=True, timeout=150)
         assert job.returncode == 0, job.stdout + job.stderr
         again = subprocess.run(words, env=env, capture_output=True, text=True, timeout=150)
     digests = [json.loads((tmp_path / name / "result.json").read_text())["digest"] for name in ("calm", "job")]

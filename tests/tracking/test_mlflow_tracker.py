@@ -84,6 +84,7 @@ def test_a_resume_goes_on_in_the_same_run_and_repeats_no_step(
     run_dir: Path, make_result: MakeResult, store: str, rows: int
 ) -> None:
     """The killed run had delivered rounds beyond the checkpoint it goes on from, and half of a big one."""
+    resumed = Fault("resumed", "driver", "here", None, 2, "again")
     many = {f"m/{i}": float(i) for i in range(rows)}
     first = MlflowTracker(run_dir)
     for number in (1, 2, 3):
@@ -102,8 +103,11 @@ def test_a_resume_goes_on_in_the_same_run_and_repeats_no_step(
     time.sleep(0.01)  # another time stamp
     second = MlflowTracker(run_dir)
     for number in (2, 3, 4, 5):
-        record(second, run_dir, make_result(number, **many))
-    second.finish("FINISHED", {}, {})
+        result = make_result(number, **many)
+        record(second, run_dir, replace(result, faults=(resumed,)) if number == 2 else result)
+    for _ in range(2):
+        second.finish("FINISHED", {}, {})
+    assert [step for step, _ in history(run_dir, "faults/resumed")] == [2]
     assert recorded(run_dir).info.run_id == before.info.run_id
     for name in ("eval/top1", "round", "m/0", f"m/{rows - 1}"):
         assert [step for step, _ in history(run_dir, name)] == [1, 2, 3, 4, 5], name

@@ -115,9 +115,10 @@ class Cgan:
         losses = ClassLosses(self._spec.rows_per_class)
         novelty = Novelty(x, labels, self._spec.novelty) if self._spec.novelty_weight else None
         for batch in shuffled_batches(len(x), self._spec.batch_size, stream):
-            v = condition[torch.from_numpy(labels[batch.numpy()])]
+            own = labels[batch.numpy()]
+            v = condition[torch.from_numpy(own)]
             judged = self._judge_step(x[batch], v, stream)
-            losses.add(labels[batch.numpy()], {**self._maker_step(v, labels[batch.numpy()], novelty, stream), **judged})
+            losses.add(own, {**self._maker_step(v, own, novelty, stream), **judged})
         return losses.means()
 
     def _judge_step(self, real: Tensor, v: Tensor, stream: np.random.Generator) -> dict[str, Tensor]:

@@ -106,7 +106,8 @@ class Gan:
         losses = ClassLosses(self._spec.rows_per_class)
         novelty = Novelty(x, labels, self._spec.novelty) if self._spec.novelty_weight else None
         for batch in shuffled_batches(len(x), self._spec.batch_size, stream):
-            rows, v = x[batch], condition[torch.from_numpy(labels[batch.numpy()])]
+            own = labels[batch.numpy()]
+            rows, v = x[batch], condition[torch.from_numpy(own)]
             real = self._verdict(rows, v, stream)
             fake = self._verdict(self._make(self._maker, v, stream).detach(), v, stream)
             judged = functional.softplus(-real) + functional.softplus(fake)
@@ -115,7 +116,7 @@ class Gan:
             drawn = self._make(self._maker, v, stream)
             made, parts = functional.softplus(-self._verdict(drawn, v, stream)), {}
             if novelty is not None:
-                parts["novelty"] = self._spec.novelty_weight * novelty(drawn, labels[batch.numpy()])
+                parts["novelty"] = self._spec.novelty_weight * novelty(drawn, own)
                 made = made + parts["novelty"]
             require_finite(made.mean(), "GAN generator")
             self._maker_optimizer.step(made.mean())
@@ -128,7 +129,7 @@ class Gan:
                 "d_real": torch.sigmoid(real),
                 "d_fake": torch.sigmoid(fake),
             }
-            losses.add(labels[batch.numpy()], columns)
+            losses.add(own, columns)
         return losses.means()
 
     @torch.no_grad()

@@ -144,18 +144,19 @@ class Vae:
         losses = ClassLosses(self._spec.rows_per_class)
         novelty = Novelty(x, labels, self._spec.novelty) if self._spec.novelty_weight else None
         for batch in shuffled_batches(len(x), self._spec.batch_size, stream):
-            rows, v = x[batch], condition[torch.from_numpy(labels[batch.numpy()])]
+            own = labels[batch.numpy()]
+            rows, v = x[batch], condition[torch.from_numpy(own)]
             noisy = rows + INPUT_NOISE * normal(stream, *rows.shape).to(x.device)
             parts = self._loss_parts(rows, noisy, v, stream)
             if novelty is not None:
                 drawn = self._decode(self._network["decoder"], v, stream)
-                parts["novelty"] = self._spec.novelty_weight * novelty(drawn, labels[batch.numpy()])
+                parts["novelty"] = self._spec.novelty_weight * novelty(drawn, own)
             loss = torch.stack(list(parts.values())).sum(0).mean()
             require_finite(loss, "VAE training")
             self._optimizer.step(loss)
             if self._average is not None:
                 self._average.update(self._network["decoder"])
-            losses.add(labels[batch.numpy()], parts)
+            losses.add(own, parts)
         return {label: {"loss": sum(parts.values()), **parts} for label, parts in losses.means().items()}
 
     def _encode(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
