@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import random
-import re
 import signal
 import sys
 import tempfile
@@ -32,7 +31,7 @@ from driven_runs import Run
 from two_hosts import TwoHosts, can_make_hosts, two_hosts
 
 CUT_S = 20.0
-LONGER = {"federation.global_rounds": 60}
+LONGER = {"federation.global_rounds": 30}
 """Actors on a node that joins need seconds to be up."""
 
 
@@ -105,7 +104,8 @@ def strike_both_nodes(folder: Path) -> tuple[Run, dict]:
         cluster.remove_node(nodes[0], allow_graceful=False)
         run.wait_for_round(len(run.rounds()) + 1)
         joined = cluster.add_node(num_cpus=2, **MEMORY)
-        while len(re.findall(rf"is up again on .*\({joined.node_id[:8]}\)", run.text)) < 2:
+        raylet = joined.all_processes["raylet"][0].process.pid
+        while len(actors("ClientActor", raylet)) < 2:
             if run.process.poll() is not None:
                 raise SystemExit(f"the run ended before its actors were back:\n{run.text}")
             time.sleep(0.05)

@@ -100,7 +100,7 @@ def open_experiment(
     from fedsim.cluster.handle import RemoteExperiment, demand_of
     from fedsim.cluster.resources import check_fits, start_ray, stop_ray
 
-    if config.tracking.enabled:
+    if config.tracking.enabled and state is None:  # the store of a run that is resumed is there
         Thread(target=warm_up, args=(store_of(setup, run_dir, parent),), daemon=True).start()
     with own_handlers():
         started = start_ray(address=resources.address, num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
