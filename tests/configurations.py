@@ -323,6 +323,24 @@ def files(draw: st.DrawFn, known: list[Leaf], base: Any) -> tuple[str, str]:
 
 
 @st.composite
+def spaces(draw: st.DrawFn, known: list[Leaf]) -> dict[str, Any]:
+    """A section `search.space` over some keys, with values that they take; one in six has something wrong."""
+    space = {}
+    for leaf in draw(st.lists(st.sampled_from(known), min_size=1, max_size=2)):
+        if draw(st.booleans()):
+            searched = {"choices": draw(st.lists(leaf.values, min_size=1, max_size=3))}
+        else:
+            ends = sorted([draw(leaf.values), draw(leaf.values)], key=lambda value: (str(type(value)), str(value)))
+            searched = {"low": ends[0], "high": ends[1]} | {draw(st.sampled_from(["log", "integer"])): True}
+        if draw(st.integers(0, 5)) == 0:
+            searched[draw(st.sampled_from(["low", "high", "log", "integer", "choices", "x"]))] = draw(
+                st.sampled_from(WRONG)
+            )
+        space[".".join(leaf.path)] = searched
+    return space
+
+
+@st.composite
 def overrides(draw: st.DrawFn, known: list[Leaf]) -> list[str]:
     """Texts of --set."""
     found = []

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 _CACHE = tempfile.mkdtemp(prefix="fedsim-tests-")
@@ -44,11 +45,20 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_logging() -> None:
-    """The command line takes over fedsim's log records; no test begins with what another one left."""
+def _fresh_logging() -> Iterator[None]:
+    """The command line takes over fedsim's log records and Python's warnings; no test begins with what another left."""
     logger = logging.getLogger("fedsim")
     logger.handlers, logger.propagate = [], True
     logger.setLevel(logging.NOTSET)
+    yield
+    logging.captureWarnings(False)
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No data sets but those made here, and no log on the screen."""
+    monkeypatch.delenv("FEDSIM_DATA", raising=False)
+    logging.getLogger("fedsim").setLevel(logging.CRITICAL + 1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 import pickle
 import shutil
 import sys
@@ -30,16 +29,6 @@ TINY = {
     "resources": {"client_actors": 0},
     "tracking": {"enabled": False},
 }
-
-
-@pytest.fixture(autouse=True)
-def _own_logging():
-    """The command line takes over fedsim's log records and Python's warnings; give them back."""
-    logger = logging.getLogger("fedsim")
-    before = logger.handlers, logger.level, logger.propagate
-    yield
-    logger.handlers, logger.level, logger.propagate = before
-    logging.captureWarnings(False)
 
 
 @pytest.fixture

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from configurations import SMALL, TEXTS, documents, files, leaves, overrides
+from configurations import SMALL, TEXTS, documents, files, leaves, overrides, spaces
 from hostile import REFUSED, ends_well, mutated, told
 from hypothesis import HealthCheck, Phase, given, settings
 
 import fedsim.config
 from fedsim.config import resolved_yaml
 from fedsim.federation.setup import prepare
+from fedsim.search.space import check_search, distributions, parameters, trial_config
 
 TINY: dict[str, Any] = {
     "experiment": {"name": "tiny"},
@@ -36,11 +36,7 @@ TINY: dict[str, Any] = {
 KNOWN, MOST = leaves(), 5
 
 
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch):
-    """No data sets but the synthesised one, and no warnings on the screen."""
-    monkeypatch.delenv("FEDSIM_DATA", raising=False)
-    logging.getLogger("fedsim").setLevel(logging.CRITICAL + 1)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def generated(number: int) -> Any:
@@ -124,6 +120,36 @@ def test_generated_configurations(tmp_path, number):
 def test_generated_configurations_are_run_or_refused(tmp_path, monkeypatch, number):
     monkeypatch.chdir(tmp_path)
     told("configurations through a whole run", run_some(tmp_path, number))
+
+
+def search_many(folder: Path, number: int) -> Counter[str]:
+    """How so many generated search spaces end, to the configuration of a trial at the lowest ends."""
+    counts: Counter[str] = Counter()
+
+    @generated(number)
+    @given(spaces(KNOWN))
+    def attempt(space: dict[str, Any]) -> None:
+        file = folder / "x.json"
+        file.write_text(json.dumps(TINY | {"search": {"space": space}}))
+
+        def trial() -> fedsim.config.Config:
+            config = fedsim.load_config(file)
+            check_search(config)
+            found = distributions(config.search.space)
+            lowest = {name: getattr(one, "low", 0) for name, one in found.items()}
+            return trial_config(config, parameters(config.search.space, lowest))
+
+        counts[ends_well(trial, seconds=5, megabytes=200)[0]] += 1
+
+    attempt()
+    assert counts[REFUSED] > number / 5
+    assert counts["answered"] > number / 20
+    return counts
+
+
+@pytest.mark.parametrize("number", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_generated_search_spaces(tmp_path, number):
+    told("search spaces", search_many(tmp_path, number))
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])

@@ -9,7 +9,6 @@ import contextlib
 import csv
 import io
 import json
-import logging
 import random
 import shutil
 import struct
@@ -43,13 +42,7 @@ def tries(sample: int, all_of_them: int) -> pytest.MarkDecorator:
 COMMON = {"label", "split", "fold", "client", "group", "path"}
 
 
-@pytest.fixture(autouse=True)
-def _own_logging(monkeypatch):
-    """No data sets but those made here, no records on the screen; the command line's hold on warnings ends."""
-    monkeypatch.delenv("FEDSIM_DATA", raising=False)
-    logging.getLogger("fedsim").setLevel(logging.CRITICAL + 1)
-    yield
-    logging.captureWarnings(False)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def command(*words: str, seconds: float = SECONDS) -> str:
