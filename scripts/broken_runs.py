@@ -49,6 +49,7 @@ def joining(address: str) -> dict[str, object]:
 @contextmanager
 def two_nodes() -> Iterator[tuple]:
     """A Ray head without CPUs and two nodes of two, and the settings of a run that joins them."""
+    before = {name: os.environ.get(name) for name in HEALTH}
     os.environ.update(HEALTH)
     from ray.cluster_utils import Cluster
 
@@ -58,6 +59,11 @@ def two_nodes() -> Iterator[tuple]:
         yield cluster, nodes, joining(cluster.address)
     finally:
         cluster.shutdown()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def recoveries(text: str) -> list[float]:

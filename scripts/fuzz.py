@@ -11,9 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import random
+import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -115,7 +118,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="seeded mutations, without coverage")
     args = parser.parse_args()
     logging.getLogger("fedsim").setLevel(logging.CRITICAL + 1)
-    folder = Path(tempfile.mkdtemp(prefix="fedsim-fuzz-"))
+    folder = Path(tempfile.mkdtemp(prefix="fedsim-fuzz-"))  # stays where something was found
     read, file, good = READERS[args.reader](folder)
     counts: Counter[str] = Counter()
 
@@ -137,11 +140,15 @@ def main() -> None:
 
     if not GUIDED:
         chance = random.Random(args.seed)
-        for _ in range(args.runs):
+        end = time.monotonic() + args.seconds if args.seconds else math.inf
+        while sum(counts.values()) < args.runs and time.monotonic() < end:
             content = chance.choice(good)
             for _ in range(chance.choice([1, 1, 2, 5])):
                 content = mutated(content, chance)
             attempt(content)
+        if sum(counts.values()) < args.runs:
+            told()
+        shutil.rmtree(folder)
         return
     corpus = folder / "corpus"
     corpus.mkdir()

@@ -223,9 +223,10 @@ def soak(rounds: int, *, actors: int, interval_s: float) -> dict[str, Any]:
             time.sleep(interval_s)
         if run.end():
             raise SystemExit(f"the run failed:\n{run.text}")
+        watcher.round_number()
         result = json.loads((run_dir / "result.json").read_text())
     window = max(1, min(100, rounds // 10))
-    parts = ((window, 3 * window), (rounds - 2 * window, rounds))
+    parts = ((window, min(3 * window, rounds)), (max(1, rounds - 2 * window), rounds))
     first, last = (seconds_per_round(watcher.times, *part) for part in parts)
     cpu_first, cpu_last = (cpu_per_round(watcher.looks, *part) for part in parts)
     return {
@@ -317,7 +318,7 @@ def main() -> None:
     """Run, print the table; or draw figures that were saved."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("saved", nargs="*", type=Path, help="with --plot: files of --save")
-    parser.add_argument("--rounds", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=2000, help="at least 3")
     parser.add_argument("--in-process", action="store_true", help="without Ray")
     parser.add_argument("--interval", type=float, default=3.0, help="seconds between looks")
     parser.add_argument("--save", type=Path, help="write the figures as JSON")

@@ -16,14 +16,14 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fedsim.cluster.faults import CREATION, WEATHER, alive_nodes, kind_of, reason_of
+from fedsim.cluster.faults import CREATION, WEATHER, kind_of, reason_of
+from fedsim.config.schema import NODE_LABEL
 from fedsim.errors import FedsimError, ResourceError
 from fedsim.types import Fault
 
 log = logging.getLogger(__name__)
 Supply = Callable[[], list[Any]]
 MAX_FAILED_STARTS = 3
-NODE_LABEL = "ray.io/node-id"
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,16 @@ class Crew:
         self._quarantined: set[str] = set()
         self._failed_starts = 0
         self._posts = {f"{post.kind}-{number}": post for number, post in enumerate(posts)}
-        for name in self._posts:
+        for name in sorted(self._posts, key=self._modesty):
             self._spawn(name, deaths=0)
 
     def __len__(self) -> int:
         return len(self.workers) + len(self.starting)
+
+    def _modesty(self, name: str) -> tuple[bool, float, float]:
+        """Those that can't go everywhere start first, then the large ones: they would find their places taken."""
+        options = self._posts[name].options
+        return "label_selector" not in options, -options["num_gpus"], -options["num_cpus"]
 
     def _spawn(self, name: str, deaths: int, since: float | None = None) -> None:
         post = self._posts[name]
@@ -186,11 +191,22 @@ class Crew:
             if worker.node_id:
                 self._quarantined.add(worker.node_id)
                 deaths = 0
-        if deaths < self._max_deaths and alive_nodes() - self._quarantined:
+        if deaths < self._max_deaths and self._has_place(self._posts[worker.name].options):
             self._spawn(worker.name, deaths, time.monotonic())
         else:
             log.error("client actor %s isn't started again; %d are left", worker.name, len(self))
         return faults
+
+    def _has_place(self, options: Mapping[str, Any]) -> bool:
+        """Whether a node outside of quarantine could hold such an actor, once it is free."""
+        wanted = (("CPU", options["num_cpus"]), ("GPU", options["num_gpus"]))
+        return any(
+            node["NodeID"] not in self._quarantined
+            and all(node["Resources"].get(name, 0.0) >= amount for name, amount in wanted)
+            and options.get("label_selector", {}).items() <= node["Labels"].items()
+            for node in ray.nodes()
+            if node["Alive"]
+        )
 
     def _end_process(self, worker: Worker) -> None:
         """`kill -9` where it lives: a process that stands still doesn't hear Ray."""

@@ -121,6 +121,7 @@ class RemoteExperiment:
 
     def stop(self) -> None:
         """Write a checkpoint of the last finished round where there is none; the round under way is abandoned."""
+        self._status = lambda _: None  # who is stopping has nothing to show, and must not be stopped by what shows it
         self._wait(self._actor.stop.remote(), poll=False)
 
     def _lasting(self, call: Callable[[], Any], again: Callable[[], Any] | None = None) -> Any:

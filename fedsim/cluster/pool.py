@@ -36,7 +36,7 @@ BLOCKS_IN_FLIGHT = 2
 """Per actor: one that trains, and one whose rows are prepared meanwhile."""
 POLL_S = 1.0
 """How often limits are looked at while nothing arrives."""
-NOBODY_UP_S = 60.0
+LACKING_S = 60.0
 """After so long without any actor the log says so, again and again."""
 
 
@@ -111,7 +111,7 @@ class RayPool:
             posts += [Post(name, remote_class, (reference, kind.gpus), options)] * kind.actors
         # One more than a block's attempts: a block that kills its actors is lost before a node is blamed for it.
         self.crew = Crew(posts, supply=StoreSupply(setup).message, max_deaths=max_attempts + 1)
-        self._last_up = time.monotonic()
+        self._all_up = time.monotonic()
 
     def train(self, blocks: Sequence[Block], broadcast: Broadcast) -> Iterator[Answer]:
         """Yield updates as they arrive; a pool whose iterator was left before its end can only be closed.
@@ -186,16 +186,16 @@ class RayPool:
 
     def _require_somebody(self, this: Round) -> None:
         now = time.monotonic()
-        if self.crew.workers:
-            self._last_up = now
-        elif not self.crew.starting:
+        if not self.crew.workers and not self.crew.starting:
             raise ResourceError(
                 f"round {this.number}: no client actor is left, all have died too often (see the log); go on with "
                 "`fedsim resume` when the nodes are mended"
             )
-        elif now - self._last_up > NOBODY_UP_S:
-            log.warning("no client actor is up: %d wait for free CPUs or GPUs", len(self.crew.starting))
-            self._last_up = now
+        if not self.crew.starting:
+            self._all_up = now
+        elif now - self._all_up > LACKING_S:
+            log.warning("%d of %d client actors wait for free CPUs or GPUs", len(self.crew.starting), len(self.crew))
+            self._all_up = now
 
     def _look_at_limits(self, this: Round) -> Iterator[Answer]:
         """Give what takes too long to others too; end what takes twice as long, or that nobody else can do."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 NODES_SHOWN = 16
 STORE_SHARE, LEAST_STORE_BYTES = 0.3, 80 * 2**20
 """Ray's own default, and somewhat more than the least it takes; by itself it looks at a container's top group only."""
+MOST_ON_DISK = 10**10
 ACTOR_ENVIRONMENT = {
     # One thread an actor: parallelism comes from actors, and sums keep their order.
     "OMP_NUM_THREADS": "1",
@@ -130,9 +132,15 @@ def stop_ray(connection: Connection) -> None:
 
 
 def _store_bytes() -> int | None:
-    """Ray's share of memory for its object store, of what a control group allows; None where Ray sees all there is."""
-    limit = memory_limit()
-    return None if limit is None else max(int(STORE_SHARE * usable_memory()), LEAST_STORE_BYTES)
+    """Ray's share of memory for its object store, of what a control group allows; None where Ray sees all there is.
+
+    Ray refuses to be told of more than /dev/shm holds, but takes up to `MOST_ON_DISK` to its folder instead.
+    """
+    if memory_limit() is None:
+        return None
+    shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
+    most = max(MOST_ON_DISK, int(0.95 * shared))
+    return max(min(int(STORE_SHARE * usable_memory()), most), LEAST_STORE_BYTES)
 
 
 def _check_answers(address: str) -> None:

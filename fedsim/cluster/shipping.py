@@ -40,9 +40,13 @@ def code_for_nodes() -> dict[str, Any]:
 
 
 def portable(setup: Setup) -> Setup:
-    """The setup as other nodes can read it: a partition in files of this node travels by value, once per node."""
+    """The setup as other nodes can read it: a partition in files of this node travels by value, once per node.
+
+    Other nodes may be there, or join, unless Ray is a private one.
+    """
     partition = setup.partition
-    if isinstance(partition, StoredPartition) and partition.folder is not None and len(alive_nodes()) > 1:
+    others = setup.config.resources.address is not None or len(alive_nodes()) > 1
+    if isinstance(partition, StoredPartition) and partition.folder is not None and others:
         by_value = StoredPartition(np.asarray(partition.offsets), np.asarray(partition.rows))
         return replace(setup, partition=by_value)
     return setup

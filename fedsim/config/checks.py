@@ -9,7 +9,7 @@ from typing import get_args
 
 from fedsim.config.keys import find_key, suggestion
 from fedsim.config.method_checks import LEARNT, VAES, check_methods
-from fedsim.config.schema import PLAIN_ACTORS, Config, Data, FedA2V, Privacy, Resources, SearchRange
+from fedsim.config.schema import NODE_LABEL, PLAIN_ACTORS, Config, Data, FedA2V, Privacy, Resources, SearchRange
 from fedsim.errors import ConfigError
 
 EFFECTIVE = {
@@ -129,6 +129,8 @@ def _check_actors(resources: Resources) -> None:
                 f"{where}.gpus is {kind.gpus:g} but resources.client_gpus is {resources.client_gpus:g}: "
                 "either all client actors have GPUs or none"
             )
+        if NODE_LABEL in kind.labels:
+            raise ConfigError(f"{where}.labels: {NODE_LABEL} is for a quarantine; give the node a label of its own")
         for label, value in kind.labels.items():
             if not re.fullmatch(rf"([a-z0-9.-]+/)?{_LABEL}", label) or not re.fullmatch(_LABEL, value):
                 raise ConfigError(

@@ -16,7 +16,8 @@ from typing import Any, get_args
 
 from fedsim.config.schema import Config, Section
 
-_PLACEHOLDERS = {"nodes": "<id>", "model.adapters": "<head>", "search.space": "<key>"}
+_PLACEHOLDERS = {"nodes": "<id>", "model.adapters": "<head>", "search.space": "<key>",
+                 "resources.more_actors": "<kind>"}  # fmt: skip
 _TYPES = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}
 _LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 

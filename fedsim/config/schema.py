@@ -439,6 +439,13 @@ class Privacy(Section):
         return self.noise_multiplier > 0 or self.target_epsilon is not None
 
 
+def _fraction_or_whole(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError("must be a fraction of one GPU or a whole number of GPUs")
+    return value
+
+
+NODE_LABEL = "ray.io/node-id"
 PLAIN_ACTORS = "client"
 """The kind of those that `resources.client_actors` counts."""
 
@@ -452,6 +459,8 @@ class ActorKind(Section):
     labels: dict[str, str] = key(
         {}, "Ray labels that their nodes must have (e.g. {ray.io/accelerator-type: H100}); default: any node"
     )
+
+    _whole_gpus = field_validator("gpus")(_fraction_or_whole)
 
 
 class Resources(Section):
@@ -543,12 +552,7 @@ class Resources(Section):
             raise ValueError("must be a power of two (1, 2, 4, 8, ...), or auto")
         return value
 
-    @field_validator("client_gpus", "server_gpus")
-    @classmethod
-    def _fraction_or_whole(cls, value: float) -> float:
-        if value > 1 and value != int(value):
-            raise ValueError("must be a fraction of one GPU or a whole number of GPUs")
-        return value
+    _whole_gpus = field_validator("client_gpus", "server_gpus")(_fraction_or_whole)
 
 
 def _settled(name: str, value: int | str) -> int:

@@ -101,7 +101,9 @@ class Experiment:
         history = read_history(files.run_dir, up_to=self._saved)
         self._top1 = {record["round"]: record["metrics"].get("eval/top1") for record in history}
         self._writing, self._stopped = Lock(), False
-        self._faults = [*repeated_faults(files.run_dir), *faults]
+        # A server that died after it wrote a round leaves faults in the record that its driver still hands on.
+        told = [fault for record in read_history(files.run_dir) for fault in record.get("faults", ())]
+        self._faults = [f for f in (*repeated_faults(files.run_dir), *faults) if fault_record(f) not in told]
 
     def round(self) -> RoundResult:
         """Run the next round; its numbers are written before its checkpoint.

@@ -6,6 +6,7 @@ The estimates are of what is needed at the least, so that nothing that would hav
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 
 from fedsim.config.method_checks import LEARNT
@@ -29,7 +30,7 @@ def require_room(config: Config, specs: Mapping[str, HeadSpec], *, num_classes: 
     Raises:
         ResourceError: one of them is larger than the memory that this process may use.
     """
-    if config.resources.address is not None:
+    if config.resources.address is not None or os.environ.get("RAY_ADDRESS"):
         return
     there = usable_memory()
     for keys, size in wanted(config, specs, num_classes, num_recordings):

@@ -177,13 +177,22 @@ def read_history(run_dir: Path, *, up_to: int | None = None) -> list[dict[str, A
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            if not (isinstance(record, dict) and type(record.get("round")) is int and _is_table(record.get("metrics"))):
+            if not is_round(record):
                 raise ValueError("no object of a round")
             history.append(record)
         except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise CheckpointError(f"{path}, line {number}: not the object of a round ({error})") from error
     return [record for record in history if up_to is None or record["round"] <= up_to]
+
+
+def is_round(record: Any) -> bool:
+    """Whether what stands in metrics.jsonl has the types of a round's object, as far as it is read again."""
+    if not (isinstance(record, dict) and type(record.get("round")) is int and _is_table(record.get("metrics"))):
+        return False
+    faults, lost = record.get("faults", []), record.get("lost", [])
+    named = isinstance(faults, list) and all(isinstance(f, dict) and isinstance(f.get("kind"), str) for f in faults)
+    return named and isinstance(lost, list) and _is_table(record.get("seconds", {}))
 
 
 def _is_table(metrics: Any) -> bool:
@@ -203,7 +212,7 @@ def last_recorded(run_dir: Path) -> int:
     """The last round of metrics.jsonl, 0 without any; a half-written last line is cut off."""
     history = read_history(run_dir)
     last = max((record["round"] for record in history), default=0)
-    if history:
+    if (run_dir / "metrics.jsonl").exists():
         keep_rounds(run_dir, up_to=last)
     return last
 
@@ -230,8 +239,7 @@ def _note(run_dir: Path, faults: Sequence[Any]) -> None:
 
 
 def _faults_of(record: Mapping[str, Any]) -> list[Any]:
-    found = record.get("faults")
-    return found if isinstance(found, list) else []
+    return list(record.get("faults", ()))
 
 
 def temporary_folder(owner: object) -> Path:

@@ -28,6 +28,7 @@ from fedsim.federation.client_sums import ClientSums
 from fedsim.federation.memory import out_of_memory
 from fedsim.federation.parts import build_parts, choose_device, initial_state
 from fedsim.federation.setup import Setup, head_specs
+from fedsim.launch.signals import own_handlers
 from fedsim.machine import whole_cores
 from fedsim.models.adapters import make_adapter
 from fedsim.models.encoders.threads import available_cores
@@ -276,7 +277,8 @@ def _machine(config: Config) -> Machine:
 def _cluster(resources: Resources) -> Machine:
     from fedsim.cluster.resources import cluster_resources, start_ray, stop_ray
 
-    started = start_ray(address=resources.address, num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
+    with own_handlers():
+        started = start_ray(address=resources.address, num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
     try:
         found = cluster_resources()
     finally:

@@ -6,6 +6,7 @@ The command line runs one experiment this way, a search one per trial.
 from __future__ import annotations
 
 import logging
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -117,7 +118,14 @@ def open_experiment(
 
 def _resumed(last: int) -> Fault:
     """What a resume leaves in the record: whoever ran the rounds before is gone."""
-    return Fault("resumed", "driver", platform.node(), None, last + 1, f"the run was taken up again after round {last}")
+    return Fault(
+        "resumed",
+        f"driver (pid {os.getpid()})",
+        platform.node(),
+        None,
+        last + 1,
+        f"the run was taken up again after round {last}",
+    )
 
 
 @contextmanager
@@ -131,8 +139,10 @@ def _closing(make: Callable[[], ExperimentHandle], tracker: Tracker) -> Iterator
         tracker.finish("FINISHED", {}, {"fedsim.stopped_early": "true"})
         raise
     except (KeyboardInterrupt, SystemExit):
-        _stop(experiment)
-        tracker.finish("KILLED", {}, {})
+        try:
+            _stop(experiment)
+        finally:
+            tracker.finish("KILLED", {}, {})
         raise
     except BaseException:
         tracker.finish("FAILED", {}, {})

@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fedsim.errors import CheckpointError, FedsimError, TrackingError
+from fedsim.federation.run_directory import is_round
 from fedsim.tracking.calls import open_client, patience
 from fedsim.tracking.ledger import (
     FOLDER,
@@ -66,6 +67,7 @@ class Delivery:
         self._offset = 0  # of the first line of metrics.jsonl that isn't delivered
         self._last = self._found = 0  # rounds that the store holds: now, and when it was asked first
         self._known: Mapping[str, float] = {}
+        self._steps: dict[str, set[int]] = {}
 
     def advance(self) -> None:
         """Deliver everything that is there by now.
@@ -169,9 +171,10 @@ class Delivery:
                 offset += len(line)
                 try:
                     record = json.loads(line)
-                    record["round"], record["metrics"]
-                except (ValueError, KeyError, TypeError, RecursionError) as error:
-                    raise CheckpointError(f"{path}: the line before byte {offset} is not that of a round") from error
+                except (ValueError, RecursionError):
+                    record = None
+                if not is_round(record):
+                    raise CheckpointError(f"{path}: the line before byte {offset} is not that of a round")
                 yield record, offset
 
     def _rounds(self) -> None:
@@ -212,7 +215,9 @@ class Delivery:
         """Whether the run held a value of this step when it was opened."""
         if name not in self._known:
             return False
-        return any(metric.step == step for metric in self._client.get_metric_history(self._run_id, name))
+        if name not in self._steps:
+            self._steps[name] = {metric.step for metric in self._client.get_metric_history(self._run_id, name)}
+        return step in self._steps[name]
 
     def _send(self, batch: list[Any]) -> None:
         for start in range(0, len(batch), METRICS_PER_BATCH):

@@ -43,6 +43,9 @@ finish() {
     trap - TERM INT
     for step in "${steps[@]}"; do kill -TERM "$step" 2>/dev/null || true; done
     wait "${steps[@]}" 2>/dev/null || true
+    for node in "${nodes[@]:1}"; do
+        srun --nodes=1 --ntasks=1 --overlap -w "$node" rm -rf "$temporary" 2>/dev/null || true
+    done
     rm -rf "$temporary"
 }
 trap finish EXIT

@@ -73,6 +73,8 @@ def quarantine(setup: Setup) -> dict[str, object]:
     faults, nodes = [], []
     for _ in range(3):
         all_up(pool.crew)
+        if not len(pool.crew):
+            return {"nodes": nodes, "faults": faults}
         (worker,) = pool.crew.workers
         nodes.append(worker.node_id)
         if len(nodes) < 3:

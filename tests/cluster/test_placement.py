@@ -42,6 +42,13 @@ def test_after_a_quarantine_actors_start_on_another_node():
     assert found["digest"] == alone
 
 
+def test_nobody_waits_for_a_node_that_could_never_hold_an_actor():
+    # The head is alive, and has no CPUs.
+    with cluster_of({"num_cpus": 2}) as cluster:
+        found = program("placed.py", "quarantine", cluster.address, "pack")
+    assert (len(found["nodes"]), found["faults"]) == (2, ["killed", "killed", "quarantined"])
+
+
 def test_the_servers_gpu_stays_its_own_while_it_is_started_again():
     with cluster_of({"num_cpus": 2}, {"num_cpus": 1, "num_gpus": 1}) as cluster:
         found = program("placed.py", "server", cluster.address, "spread")

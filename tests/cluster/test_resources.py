@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 from processes import wait_for
 
+from fedsim.cluster import resources
 from fedsim.cluster.resources import Demand, check_fits, place
 from fedsim.config.schema import ActorKind
 from fedsim.errors import ResourceError
@@ -70,6 +73,17 @@ def test_placing_changes_no_argument():
 def test_a_demand_is_a_server_and_its_clients():
     two = demand(2, 1.0, 0.25, server_cpus=0.0, server_gpus=1.0)
     assert two.bundles() == [needs(0, 1), needs(1, 0.25), needs(1, 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("limit", "told"), [(None, None), (64 * 10**9, 10**10), (10**9, 3 * 10**8), (10**8, 80 * 2**20)]
+)
+def test_ray_is_told_of_a_store_that_it_takes(monkeypatch, limit, told):
+    # Docker gives a container 64 MB of shared memory; Ray refuses more than is there above 10 GB.
+    monkeypatch.setattr(resources, "memory_limit", lambda: limit)
+    monkeypatch.setattr(resources, "usable_memory", lambda: limit)
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: Mock(free=64 * 2**20))
+    assert resources._store_bytes() == told
 
 
 @pytest.mark.ray

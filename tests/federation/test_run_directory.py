@@ -17,6 +17,7 @@ from fedsim.federation.run_directory import (
     discard_unused,
     fault_record,
     keep_rounds,
+    last_recorded,
     read_history,
     repeated_faults,
     write_text,
@@ -139,6 +140,24 @@ def test_faults_of_repeated_rounds_wait_until_they_are_recorded_again(tmp_path, 
     assert told == [fault_record(f) for f in (fault(1), fault(2), fault(2, "hung"))]
     assert all(record["round"] == line["round"] for line in read_history(tmp_path) for record in line["faults"])
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"}
+
+
+def test_a_half_written_first_line_is_cut_off(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"round": 1, "metr')
+    assert last_recorded(tmp_path) == 0
+    append_round(tmp_path, result(1))
+    append_round(tmp_path, result(2))
+    assert [record["round"] for record in read_history(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "more", [{"faults": None}, {"faults": [5]}, {"faults": [{}]}, {"lost": 3}, {"seconds": {"train": "x"}}]
+)
+def test_a_round_of_wrong_types_is_one_line(tmp_path, more):
+    first = {"round": 1, "metrics": {}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(first | more) + "\n" + json.dumps(first) + "\n")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 1: not the object of a round"):
+        read_history(tmp_path)
 
 
 def test_faults_are_told_once_whenever_a_resume_is_killed(tmp_path):

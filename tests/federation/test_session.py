@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from io import StringIO
 
 import numpy as np
@@ -16,10 +17,11 @@ from worlds import SERVER_STEP, digest_after, make_server, slow_but, tiny_config
 from fedsim.cli import session
 from fedsim.errors import CheckpointError, ConfigError, DataError
 from fedsim.federation.experiment import Experiment, RunFiles, run_rounds
-from fedsim.federation.run_directory import keep_rounds, read_history
+from fedsim.federation.run_directory import fault_record, keep_rounds, read_history
 from fedsim.models.guarded_files import sealed
 from fedsim.models.saved import digest, load_adapter
 from fedsim.tracking.null_tracker import NullTracker
+from fedsim.types import Fault
 
 CONFIG = (*SERVER_STEP, "experiment.checkpoint_every=2")
 
@@ -210,6 +212,17 @@ def test_numbers_are_written_before_the_checkpoint_that_makes_them_final(setup, 
         ([1, 2], ["round-1"]),
         ([1, 2, 3], ["round-1", "round-2"]),
     ]
+
+
+def test_what_broke_is_recorded_once_though_the_server_died_after_it_wrote_it(setup, tmp_path):
+    files, fault = (
+        RunFiles(tmp_path, checkpoint_every=9, last_round=4),
+        Fault("resumed", "driver", "here", None, 1, "x"),
+    )
+    Experiment(make_server(setup), files, NullTracker(), [fault]).round()  # and dies before its driver knows
+    again = Experiment(make_server(setup), replace(files, recorded=1), NullTracker(), [fault])
+    again.round(), again.round()
+    assert [record["faults"] for record in read_history(tmp_path)] == [[fault_record(fault)], []]
 
 
 def test_checkpoints_are_written_when_due_and_after_the_last_round(setup, tmp_path):

@@ -23,6 +23,8 @@ from fedsim.cli import session
 from fedsim.config import resolved_yaml
 from fedsim.federation.checkpoint_files import checkpoints_of, round_of
 from fedsim.federation.run_directory import read_history
+from fedsim.tracking.calls import open_client
+from fedsim.tracking.mlflow_tracker import MlflowTracker
 
 ROUNDS = 12
 # Checkpoints are far apart: the one that a stop leaves is its own.
@@ -97,6 +99,17 @@ def test_one_signal_keeps_the_last_finished_round(undisturbed, tmp_path, number,
     (run_dir / "config.yaml").write_text(text.replace("client_actors: 2", "client_actors: 0"))
     assert session.resume(run_dir)["digest"] == undisturbed
     assert [record["round"] for record in read_history(run_dir)] == list(range(1, ROUNDS + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("actors", [(), pytest.param(ACTORS, marks=pytest.mark.ray)], ids=["in process", "actors"])
+def test_an_interrupted_run_is_killed_in_mlflow(tmp_path, actors):
+    with running(tmp_path, *actors, "tracking.enabled=true", rounds=2) as process:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=90)
+    assert process.returncode == 143, out + err
+    run_id, uri = MlflowTracker(tmp_path / "run").address()
+    assert open_client(uri).get_run(run_id).info.status == "KILLED"
 
 
 @pytest.mark.slow
