@@ -147,7 +147,7 @@ def search_many(folder: Path, number: int) -> Counter[str]:
     return counts
 
 
-@pytest.mark.parametrize("number", [200, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [100, pytest.param(2000, marks=pytest.mark.slow)])
 def test_generated_search_spaces(tmp_path, number):
     told("search spaces", search_many(tmp_path, number))
 
