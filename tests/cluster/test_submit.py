@@ -39,7 +39,8 @@ def test_a_submitted_run_ends_with_the_digest_of_the_run_here_and_is_resumed(tmp
         ]
     )
     assert calm.returncode == 0, calm.stderr
-    head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": 0}
+    # The usual port of the agent, which starts jobs, is taken where another Ray runs on this machine.
+    head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": 0, "dashboard_agent_listen_port": 0}
     with cluster_of(head=head) as cluster:
         url = f"http://{cluster.head_node.webui_url}"
         words = [
