@@ -155,6 +155,11 @@ def test_searched_keys_keep_their_dots() -> None:
         ("=3", ["key=value"]),
         ("a..b=3", ["key=value"]),
         ("resources.more_actors.big.cpus=-1", ["'resources.more_actors.big.cpus' in --set", "got -1", "at least 0"]),
+        ("resources.more_actors.big.labels={a: 5}", ["big.labels.a' in --set", "got 5", "mapping from names to text"]),
+        (
+            "model.heads={clip: x}",
+            ["'model.heads.clip' in --set", "got 'x'", "mapping from names to list of whole number"],
+        ),
         ("resources.more_actors.big.cpu=1", ["did you mean 'resources.more_actors.big.cpus'"]),
         ("experiment.name.x=3", ["--set experiment.name.x", "'name' holds 'n'"]),
         ("training.batch_size=[1", ["--set training.batch_size", "can't be parsed"]),

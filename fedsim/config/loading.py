@@ -230,7 +230,9 @@ def _phrase(detail: Mapping[str, Any], sources: _Sources) -> str:
         return f"unknown key {key!r} {where}: {suggestion(key)}"
     position = "".join(f"[{part}]" for part in location if isinstance(part, int))
     got = _shown(detail["input"])
-    known = find_key(key)
+    known, mapping = find_key(key), find_key(key.rpartition(".")[0])
+    if known is None and mapping is not None and not mapping.is_section:
+        return f"{key + position!r} {where}: got {got}, expected what stands in a {mapping.allowed}"
     if known is None or known.is_section:
         return f"section {key!r} {where}: got {got}, expected keys below it"
     if detail["type"] == "value_error":
