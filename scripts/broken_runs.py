@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 from driven_runs import SETTINGS, Run, words
@@ -49,21 +50,15 @@ def joining(address: str) -> dict[str, object]:
 @contextmanager
 def two_nodes() -> Iterator[tuple]:
     """A Ray head without CPUs and two nodes of two, and the settings of a run that joins them."""
-    before = {name: os.environ.get(name) for name in HEALTH}
-    os.environ.update(HEALTH)
-    from ray.cluster_utils import Cluster
+    with patch.dict(os.environ, HEALTH):
+        from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **MEMORY})
-    try:
-        nodes = [cluster.add_node(num_cpus=2, **MEMORY) for _ in range(2)]
-        yield cluster, nodes, joining(cluster.address)
-    finally:
-        cluster.shutdown()
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **MEMORY})
+        try:
+            nodes = [cluster.add_node(num_cpus=2, **MEMORY) for _ in range(2)]
+            yield cluster, nodes, joining(cluster.address)
+        finally:
+            cluster.shutdown()
 
 
 def recoveries(text: str) -> list[float]:

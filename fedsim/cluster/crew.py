@@ -17,6 +17,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedsim.cluster.faults import CREATION, WEATHER, kind_of, reason_of
+from fedsim.cluster.resources import precedence
 from fedsim.config.schema import NODE_LABEL
 from fedsim.errors import FedsimError, ResourceError
 from fedsim.types import Fault
@@ -104,16 +105,15 @@ class Crew:
         self._quarantined: set[str] = set()
         self._failed_starts = 0
         self._posts = {f"{post.kind}-{number}": post for number, post in enumerate(posts)}
-        for name in sorted(self._posts, key=self._modesty):
+        for name in sorted(self._posts, key=self._precedence):
             self._spawn(name, deaths=0)
 
     def __len__(self) -> int:
         return len(self.workers) + len(self.starting)
 
-    def _modesty(self, name: str) -> tuple[bool, float, float]:
-        """Those that can't go everywhere start first, then the large ones: they would find their places taken."""
+    def _precedence(self, name: str) -> tuple[bool, float, float]:
         options = self._posts[name].options
-        return "label_selector" not in options, -options["num_gpus"], -options["num_cpus"]
+        return precedence(options["num_cpus"], options["num_gpus"], options.get("label_selector"))
 
     def _spawn(self, name: str, deaths: int, since: float | None = None) -> None:
         post = self._posts[name]

@@ -37,7 +37,7 @@ BLOCKS_IN_FLIGHT = 2
 POLL_S = 1.0
 """How often limits are looked at while nothing arrives."""
 LACKING_S = 60.0
-"""After so long without any actor the log says so, again and again."""
+"""Where actors have been lacking for so long the log says so, again and again."""
 
 
 @dataclass(eq=False)

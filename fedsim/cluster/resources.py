@@ -25,6 +25,7 @@ NODES_SHOWN = 16
 STORE_SHARE, LEAST_STORE_BYTES = 0.3, 80 * 2**20
 """Ray's own default, and somewhat more than the least it takes; by itself it looks at a container's top group only."""
 MOST_ON_DISK = 10**10
+"""Bytes of a store that Ray keeps in its folder where shared memory is too small for it."""
 ACTOR_ENVIRONMENT = {
     # One thread an actor: parallelism comes from actors, and sums keep their order.
     "OMP_NUM_THREADS": "1",
@@ -50,6 +51,11 @@ class Demand:
     kinds: Mapping[str, ActorKind]
     server_cpus: float
     server_gpus: float
+
+    def total(self, resource: str) -> float:
+        """CPU or GPU of all actors together."""
+        parts = [(1, self.server_cpus, self.server_gpus), *((k.actors, k.cpus, k.gpus) for k in self.kinds.values())]
+        return sum(actors * (cpus if resource == "CPU" else gpus) for actors, cpus, gpus in parts)
 
     def bundles(self) -> list[Bundle]:
         """Resources of every actor, the server first; `labels` where its node must have some."""
@@ -163,18 +169,19 @@ def check_fits(demand: Demand) -> None:
         ResourceError: it doesn't fit.
     """
     nodes = free_by_node()
-    free, bundles = list(nodes.values()), demand.bundles()
+    free = list(nodes.values())
     for resource, keys in (
         ("CPU", "resources.client_actors, client_cpus or server_cpus"),
         ("GPU", "resources.client_actors, client_gpus or server_gpus"),
     ):
-        wanted, there = sum(bundle[resource] for bundle in bundles), sum(node[resource] for node in free)
+        wanted, there = demand.total(resource), sum(node[resource] for node in free)
         if wanted > there + 1e-6:
             raise ResourceError(
                 f"the actors ask for {wanted:g} {resource}s ({_sum(demand, resource)}) but Ray has {there:g} free"
                 f"{f' ({described_nodes(nodes)})' if len(nodes) > 1 else ''}; "
                 f"lower {keys}, or join a larger cluster with --address"
             )
+    bundles = demand.bundles()
     unplaced = place(bundles, free)
     if unplaced is not None:
         raise ResourceError(
@@ -205,7 +212,7 @@ def free_by_node() -> dict[str, Bundle]:
 def described_nodes(free: Mapping[str, Bundle] | None = None) -> str:
     """What every node has free, in one line."""
     free = free_by_node() if free is None else free
-    shown = [f"{resources['CPU']:g} CPU, {resources['GPU']:g} GPU on {name}" for name, resources in free.items()]
+    shown = [f"{_amounts(resources)} on {name}" for name, resources in free.items()]
     more = f"; and {len(shown) - NODES_SHOWN} more nodes" if len(shown) > NODES_SHOWN else ""
     return "; ".join(shown[:NODES_SHOWN]) + more or "no nodes"
 
@@ -220,15 +227,23 @@ def _sum(demand: Demand, resource: str) -> str:
 
 def _describe(bundle: Bundle) -> str:
     labels = ", ".join(f"{name}={value}" for name, value in bundle.get("labels", {}).items())
-    return f"{bundle['CPU']:g} CPU, {bundle['GPU']:g} GPU{labels and f' with {labels}'}"
+    return f"{_amounts(bundle)}{labels and f' with {labels}'}"
+
+
+def _amounts(bundle: Bundle) -> str:
+    return f"{bundle['CPU']:g} CPU, {bundle['GPU']:g} GPU"
+
+
+def precedence(cpus: float, gpus: float, labels: Mapping[str, str] | None) -> tuple[bool, float, float]:
+    """Sorts actors: those that can't go everywhere come first, then large ones: later they would find no place."""
+    return not labels, -gpus, -cpus
 
 
 def place(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> Bundle | None:
     """First-fit placement on nodes of free resources; returns the first bundle that finds no place, or None."""
     cpus = [node["CPU"] for node in nodes]
     gpus = [[1.0] * int(node["GPU"]) + [node["GPU"] % 1] * (node["GPU"] % 1 > 0) for node in nodes]
-    # Those that can't go everywhere choose first, then the large ones.
-    for bundle in sorted(bundles, key=lambda b: ("labels" not in b, -b["GPU"], -b["CPU"])):
+    for bundle in sorted(bundles, key=lambda b: precedence(b["CPU"], b["GPU"], b.get("labels"))):
         for node in range(len(nodes)):
             if not bundle.get("labels", {}).items() <= nodes[node].get("labels", {}).items():
                 continue

@@ -149,7 +149,7 @@ def _check_fits(config: Config) -> None:
     check_fits(demand)
     free, wanted = ray.available_resources(), min(config.search.max_concurrent, config.search.num_trials)
     for resource in ("CPU", "GPU"):
-        each = sum(bundle[resource] for bundle in demand.bundles())
+        each = demand.total(resource)
         places = int(free.get(resource, 0.0) / each + 1e-6) if each else wanted
         if places < wanted:
             log.warning(

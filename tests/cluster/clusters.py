@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[2]
 MEMORY = {"object_store_memory": 100 * 2**20}
@@ -24,24 +25,18 @@ QUICK_HEALTH = {
 @contextmanager
 def cluster_of(*nodes: dict[str, Any], head: dict[str, Any] | None = None) -> Iterator[Any]:
     """A head (without CPUs) and nodes; this process itself doesn't join."""
-    before = {name: os.environ.get(name) for name in QUICK_HEALTH}
-    os.environ.update(QUICK_HEALTH)
-    from ray.cluster_utils import Cluster
+    with patch.dict(os.environ, QUICK_HEALTH):
+        from ray.cluster_utils import Cluster
 
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **MEMORY, **(head or {})}
-    )
-    try:
-        for node in nodes:
-            cluster.add_node(**MEMORY, **node)
-        yield cluster
-    finally:
-        cluster.shutdown()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **MEMORY, **(head or {})}
+        )
+        try:
+            for node in nodes:
+                cluster.add_node(**MEMORY, **node)
+            yield cluster
+        finally:
+            cluster.shutdown()
 
 
 def environment(**more: str) -> dict[str, str]:
